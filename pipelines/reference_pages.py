@@ -221,8 +221,14 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(text: object) -> str:
-    """Return text that no character of its own ends a cell, or is taken for markup."""
-    return _escaped(" ".join(str(text).split()), "|*_[]`")
+    """Return text that no character of its own ends a cell, or is taken for markup; `code` stays
+    code."""
+    line = " ".join(str(text).split())
+    parts = line.split("`")
+    if len(parts) % 2 == 0 or "|" in "".join(parts[1::2]):  # a cell ends at | in code as well
+        return _escaped(line, "|*_[]`")
+    parts[::2] = [_escaped(part, "|*_[]") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _escaped(text: str, marks: str) -> str:

@@ -90,3 +90,11 @@ def test_reference_pages_are_made_of_the_registries(
 def test_marks_in_a_text_do_not_become_markup() -> None:
     table = reference_pages.table(("a", "b"), [("1", reference_pages._cell("x|y <b> *z* [q]"))])
     assert table.splitlines()[2] == r"| 1 | x\|y &lt;b> \*z\* \[q\] |"
+
+
+def test_code_in_a_cell_stays_code() -> None:
+    assert reference_pages._cell("see `student train_x <b>` and a_b") == (
+        r"see `student train_x <b>` and a\_b"
+    )
+    assert reference_pages._cell("one ` alone") == r"one \` alone"
+    assert reference_pages._cell("`a|b`") == r"\`a\|b\`"

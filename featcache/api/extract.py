@@ -98,11 +98,12 @@ def extract(
     IdentityError where the cache is of other weights, pictures or views, and StoppedError after
     Ctrl-C; an OSError of the machine passes through.
 
-    >>> import featcache
-    >>> featcache.extract(teacher="synthetic", images="photos", views=0)
-    Traceback (most recent call last):
-    ...
-    featcache.errors.UsageError: Invalid value for views: 0 is not in the range 1<=x<=1000000000.
+    Examples:
+        >>> import featcache
+        >>> featcache.extract(teacher="synthetic", images="photos", workers=0)
+        Traceback (most recent call last):
+        ...
+        featcache.errors.UsageError: Invalid value for workers: 0 is not in the range 1<=x<=4096.
     """
     given = dict(locals())  # the keywords, which are all there is yet
     callback = given.pop("progress") or api_progress.ignore

@@ -31,7 +31,7 @@ def say_cache(say: Say, found: MatchedCache) -> None:
     """Say what the user should know of the cache that serves."""
     about, policy, spec = found.cache.manifest, found.cache.identity["policy"], found.spec
     if manifest.is_random(about) and spec.fields:
-        say(f"note: {manifest.title(about)}")
+        say(f"note: {manifest.title(about, len(found.cache), found.cache.views)}")
     if policy["jitter"] != spec.jitter and spec.fields:
         say(
             f"note: colours jittered by {policy['jitter']:g}; the recipe was published with "
