@@ -7,7 +7,6 @@ long to import.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import signal
@@ -51,7 +50,9 @@ def _raise_again(ignored: sys.UnraisableHookArgs) -> None:
     if not (isinstance(ignored.exc_value, KeyboardInterrupt) and _received):
         sys.__unraisablehook__(ignored)
         return
-    again = threading.Timer(_AGAIN_S, _thread.interrupt_main, _received[-1:])
+    # a real signal, which also ends a system call that waits
+    main = threading.main_thread().ident
+    again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, _received[-1]))
     again.daemon = True
     again.start()
 
