@@ -82,6 +82,7 @@ def test_requests_and_errors_are_told(tmp_path: Path) -> None:
     assert sum("Content Security Policy" in error for error in ours.errors) == 2
 
 
+@pytest.mark.slow
 def test_the_page_follows_the_readers_scheme(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(pages.page("A page", "<p>text</p>"))

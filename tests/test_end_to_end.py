@@ -57,6 +57,7 @@ def assert_same_losses(here: Path, there: Path, relative: float) -> None:
         assert np.abs(a - b).max() <= relative * np.abs(b).min(), (name, a, b)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_cached_equals_online(recipe: str, tmp_path: Path) -> None:
     """fp16 storage is the only difference: 1e-3 at each of 20 steps at the peak learning rate,
@@ -82,6 +83,7 @@ def test_cached_equals_online(recipe: str, tmp_path: Path) -> None:
     assert fx.losses(cached) != fx.losses(over)  # the cache's fp16 was really read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_drop_path_is_on_in_these_comparisons(recipe: str, tmp_path: Path) -> None:
     fx.good(fx.train(recipe, tmp_path / "on", "--cache", fx.cache_path(), *BOTH))
@@ -108,6 +110,7 @@ def test_a_wrong_teacher_online_would_be_seen(tmp_path: Path) -> None:
     assert (np.abs(a - b) / b).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_online_without_views_draws_a_fresh_one_each_epoch(tmp_path: Path) -> None:
     """View number = epoch: in the epochs before V the views are those of a cache, in another order,
     and later new."""
@@ -131,6 +134,7 @@ def test_online_without_views_draws_a_fresh_one_each_epoch(tmp_path: Path) -> No
     assert fresh[1] != pytest.approx(one[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["stored", "uniform"])
 def test_other_masks_are_equal_online_too(mask: str, tmp_path: Path) -> None:
     sets = (f"mask={mask}",)
@@ -150,7 +154,7 @@ def test_other_masks_are_equal_online_too(mask: str, tmp_path: Path) -> None:
     assert_same_losses(tmp_path / "cached", tmp_path / "without", 1e-3)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["l2", "none", "bn"])
 def test_other_target_norms_are_equal_online_too(norm: str, tmp_path: Path) -> None:
     """They are made of what is stored, h and its statistics, and online of the same from the
@@ -196,6 +200,7 @@ def test_other_target_norms_are_equal_online_too(norm: str, tmp_path: Path) -> N
 STORED = ("mask=stored",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ALIGNED)
 def test_a_prefix_of_ranked_tokens_equals_the_raster_cache(recipe: str, tmp_path: Path) -> None:
     """mask=stored from all tokens in image order, from the first of ranked ones, and from a cache
@@ -214,6 +219,7 @@ def test_a_prefix_of_ranked_tokens_equals_the_raster_cache(recipe: str, tmp_path
         assert fx.same_weights(tmp_path / name, tmp_path / "raster")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["attentive", "uniform"])
 def test_other_masks_from_a_ranked_cache_equal_the_raster_cache(mask: str, tmp_path: Path) -> None:
     for name, cache in {"raster": fx.cache_path(), "ranked": fx.ranked_path()}.items():
@@ -223,6 +229,7 @@ def test_other_masks_from_a_ranked_cache_equal_the_raster_cache(mask: str, tmp_p
     assert fx.losses(tmp_path / "ranked") == fx.losses(tmp_path / "raster")
 
 
+@pytest.mark.slow
 def test_the_teacher_in_the_loop_over_a_kept_cache_takes_its_mask(tmp_path: Path) -> None:
     for name, options in {"cached": (), "online": ONLINE}.items():
         fx.good(fx.train("maskalign", tmp_path / name, "--cache", fx.kept_path(), *options, *BOTH))
@@ -248,6 +255,7 @@ def test_a_recipe_that_looks_at_a_token_that_was_not_read_is_noticed(tmp_path: P
     assert "loss is nan at step 1" in ran.line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*ALIGNED, "mae"])
 def test_stored_pixels_equal_decoded_ones(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -314,6 +322,7 @@ def test_mae_from_the_same_cache_equals_mae_without_any(tmp_path: Path) -> None:
     assert fx.same_weights(tmp_path / "cached", tmp_path / "without")
 
 
+@pytest.mark.slow
 def test_mae_with_an_attentive_mask_reads_only_the_attention(tmp_path: Path) -> None:
     sets = ("mask=attentive",)
     fx.good(fx.train("mae", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH, sets=sets))
@@ -346,7 +355,7 @@ def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
 # --- interrupted ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("died", "save_every"), [(0, 4), (3, 4), (4, 4), (9, 4), (11, 12), (17, 5)]
 )
@@ -466,6 +475,7 @@ def test_a_run_stopped_while_its_folder_is_made_can_be_started(
 # --- split ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("recipe", [*ALIGNED, "mae"])
 def test_accumulation_equals_a_larger_batch(recipe: str, tmp_path: Path) -> None:
     options = ("--cache", fx.cache_path(), "--steps", "10")

@@ -155,6 +155,7 @@ def test_what_is_read_is_what_the_files_hold(old: Path) -> None:
     assert seen.dtype == np.uint64
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_it_is_that_of_format_4(old: Path, tmp_path: Path, kind: str) -> None:
     transfer.convert(old / kind, tmp_path / "new", format=4)
@@ -170,6 +171,7 @@ def test_a_run_of_it_is_that_of_format_4(old: Path, tmp_path: Path, kind: str) -
 # ---------------------------------------------------------------- writing
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["zarr", "ranked"])
 def test_format_4_has_the_same_rows(old: Path, tmp_path: Path, kind: str) -> None:
     """Whether it is converted, or extracted anew."""
@@ -206,6 +208,7 @@ def test_a_file_of_format_4_begins_with_one_of_format_3(old: Path, tmp_path: Pat
     assert set(SPLIT) < seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_converting_back_gives_the_same_bytes(old: Path, tmp_path: Path, kind: str) -> None:
     """But for zarr.json, which is of the version of Zarr, and the version of ours in manifests."""
@@ -219,6 +222,7 @@ def test_converting_back_gives_the_same_bytes(old: Path, tmp_path: Path, kind: s
     assert_clean(tmp_path / "back")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_copied(old: Path, tmp_path: Path, kind: str) -> None:
     good(command(old, "copy", old / kind, tmp_path / "copy"))
@@ -228,6 +232,7 @@ def test_it_is_copied(old: Path, tmp_path: Path, kind: str) -> None:
     assert_clean(tmp_path / "some")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zarr", "ranked"])
 def test_its_archive_gives_the_same_bytes_back(old: Path, tmp_path: Path, kind: str) -> None:
     good(command(old, "copy", old / kind, tmp_path / "archive", "--compress"))
@@ -272,6 +277,7 @@ def test_it_is_continued_in_its_format(copied: Path) -> None:
     assert_clean(out)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_damage_is_named_and_mended(copied: Path, kind: str, damage: str) -> None:

@@ -116,6 +116,7 @@ def test_the_dataset(block: Callable[[str], dict[str, Any]]) -> None:
     assert set(sample) == {"pixels", "features", "key", "view", "row", "index"}
 
 
+@pytest.mark.slow
 def test_the_encoder_in_timm(block: Callable[[str], dict[str, Any]]) -> None:
     names = block("load_encoder")
     mine, theirs = names["encoder"].state_dict(), names["vit"].state_dict()

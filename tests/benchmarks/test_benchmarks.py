@@ -168,6 +168,7 @@ def test_bench_loader_to_its_end(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["loader.json"]
 
 
+@pytest.mark.slow
 def test_bench_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "read.json"
     small = ("--rows", 16, "--shape", "2x5x16", "--reps", 1, "--threads", "1,2", "--seconds", 0.2)
@@ -363,6 +364,7 @@ sys.exit(int(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 3])
 def test_bench_recipes_looks_at_every_checkpoint(
     status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -379,6 +381,7 @@ def test_bench_recipes_looks_at_every_checkpoint(
     assert seen == [(5, 5), (10, 10), (15, 15)]
 
 
+@pytest.mark.slow
 def test_bench_recipes_stops_the_training_it_need_not_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,6 +481,7 @@ def test_what_cannot_be_asked() -> None:
 
 
 # tars, where a stream is left before its end
+@pytest.mark.slow_after(1)
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("layout", peers.LAYOUTS, ids=lambda layout: layout.name)

@@ -100,6 +100,7 @@ def test_what_does_not_fit_is_not_run(tmp_path: Path) -> None:
     assert kept["fails"].status == "failed"  # what comes after it may be shorter
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -18,6 +18,7 @@ def plain_batch(width: int) -> dict[str, torch.Tensor]:
     return {"images": images, "ids_keep": keep, "ids_masked": masked, "features": features}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", plain_steps.MODELS)
 def test_a_plain_step_is_a_step(name: str) -> None:
     """Losses of the recipes that are written with PyTorch and timm alone, of the sizes that they
@@ -31,6 +32,7 @@ def test_a_plain_step_is_a_step(name: str) -> None:
 
 
 # timm's vit_base has 85,798,656 parameters without its classifier and vit_large 303,301,632
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("name", "size", "own"),
     [

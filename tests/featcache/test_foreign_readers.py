@@ -138,6 +138,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_named_mended_and_never_read_as_zeros(
     pictures: Path, cache: Path, copied: Path, damage: object
@@ -156,6 +157,7 @@ def test_damage_is_named_mended_and_never_read_as_zeros(
     assert files_below(copied) == files_below(cache)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", ["zarr.json", "shards/zarr.json"])
 @pytest.mark.parametrize("how", ["missing", "other", "longer", "folder"])
 def test_the_groups_above_the_shards_are_checked_and_restored(

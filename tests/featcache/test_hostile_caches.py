@@ -54,6 +54,7 @@ def attack(data: st.DataObject, root: Path, origins: dict[str, Path], pictures: 
     here.ask(data.draw(st.sampled_from(list(COMMANDS))))
 
 
+@pytest.mark.slow
 @settings(max_examples=80, suppress_health_check=CHECKS)
 @given(st.data())
 def test_no_json_makes_a_command_fail_otherwise_than_in_a_line(
@@ -86,7 +87,7 @@ def outside_names(kind: str) -> list[str]:
     ]
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["manifest", "record"])
 @pytest.mark.parametrize("command", ["copy", "convert", "repair", "add", "extract", "verify"])
 def test_a_name_that_leads_outside_is_refused(
@@ -186,7 +187,7 @@ def link_and_ask(here: World, link: str, state: State, command: str) -> None:
     here.ask(command)  # which compares what lies outside
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("link", LINKS)
 def test_nothing_behind_a_link_of_a_folder_is_changed(
     home: Path, origins: dict[str, Path], pictures: Path, link: str
@@ -207,6 +208,7 @@ def test_nothing_behind_a_link_of_a_folder_is_changed_by_any_command(
         link_and_ask(world(home, origins["zarr"], pictures), link, state, command)
 
 
+@pytest.mark.slow
 def test_files_that_are_links_are_read_and_copied(
     home: Path, origins: dict[str, Path], pictures: Path
 ) -> None:

@@ -179,6 +179,7 @@ def assert_decodes_nothing(cache: Path, home: Path) -> None:
         assert not (home / "dest").exists()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("what", STATES)
 def test_a_state_whose_numbers_no_codec_wrote_decodes_nothing(
     t4: Path, home: Path, what: str
@@ -226,6 +227,7 @@ def test_a_part_of_a_measurement_is_no_measurement(t4: Path, facts: Any) -> None
     assert "provenance.distortion" in ask("info", t4).line
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "facts",
     [{}, MEASURED, {**MEASURED, "mse": [1e300, 1e300], "cosine": [-1e300] * 2},
@@ -286,6 +288,7 @@ def test_a_manifest_that_does_not_fit_its_codec_is_none(t4: Path, what: str) -> 
     assert not (t4.parent / "dest").exists()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("change", [
     lambda m: m["identity"].update(codec="later"),
     files(lambda state, tail, f: {tail: f[tail]}),
@@ -303,6 +306,7 @@ def test_an_unknown_codec_and_missing_files_are_told_in_a_line(
 # ---------------------------------------------------------------- parents
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("path", ["--help", "-rf", "x", ".", "~root", "~nobody-here/x", "s3://b/x",
                                   "/a\0b", "/a\n$(b)", "/\x1b[31m", "/'\"$(touch x)`touch x`",
                                   "/\udc80", "/" + "x" * 300, "/x" * 30_000,
@@ -359,6 +363,7 @@ def test_a_teachers_end_is_restored_from_that_of_the_parent_alone(
     assert (t4 / tail.name).read_bytes() == data
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("which", ["state", "copy"])
 @pytest.mark.parametrize("kind", ["fifo", "huge", "link", "folder"])
 def test_what_stands_in_the_place_of_a_state_is_no_state(
@@ -426,6 +431,7 @@ def put_scale(value: float) -> Callable[[dict[str, Any]], None]:
     return lambda items: items["features"].__setitem__((0, 0, 1, slice(4)), scale)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("codec", ["fp16", "t4"])
 def test_levels_that_are_not_finite_are_told_where_numbers_are_made_of_them(
@@ -443,6 +449,7 @@ def test_levels_that_are_not_finite_are_told_where_numbers_are_made_of_them(
     assert told == {"fp16": 3, "t4": 2}[codec]  # of t4 no other codec is made
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1e-42, 3e38])
 def test_any_finite_scale_is_read(home: Path, origins: Path, value: float) -> None:
     cache = rewritten(origins / "t4", home / "odd", put_scale(value))

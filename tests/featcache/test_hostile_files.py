@@ -60,6 +60,7 @@ def offsets_of(data: bytes) -> list[bytes]:
 READERS = ("info", "verify", "copy", "copy some", "convert", "repair", "add", "extract")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["key_bytes/c.0", "key_offsets/c.0"])
 def test_keys_that_are_no_text(
     home: Path, origins: dict[str, Path], pictures: Path, name: str
@@ -118,6 +119,7 @@ INDEX_CHANGES: list[Callable[[dict[str, Any], dict[str, Any]], Any]] = [
 ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("number", range(len(INDEX_CHANGES)))
 def test_an_index_of_tars_that_leads_elsewhere(
     home: Path, origins: dict[str, Path], pictures: Path, number: int
@@ -148,7 +150,7 @@ TAILS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("data", [*map(save, TAILS), b"", b"\xff" * 100, b"{}", bytes(8) + b"{}"])
 def test_the_end_of_a_teacher_that_is_none(
     home: Path, origins: dict[str, Path], pictures: Path, data: bytes
@@ -165,7 +167,7 @@ def test_the_end_of_a_teacher_that_is_none(
         cache.derive("f", [0])
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", ["manifest.json", "shards/000001.json", "shards/manifest.copy.json"]
 )
@@ -187,6 +189,7 @@ def test_what_is_no_regular_file(
         here.ask(command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zarr.json", "key/c.0", "crop/c.0.0.0"])
 def test_a_pipe_in_the_place_of_a_shards_file(
     home: Path, origins: dict[str, Path], pictures: Path, name: str

@@ -179,6 +179,7 @@ def batches(loader: Any) -> Iterator[tuple[list[str], list[int], float]]:
         )
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(("start", "workers"), [(None, 0), ("fork", 2), ("spawn", 1)])
 def test_workers_give_what_this_process_gives(start: str | None, workers: int) -> None:
@@ -254,6 +255,7 @@ def test_what_is_not_stored_is_told_at_once(tmp_path: Path) -> None:
 # --- the example ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["decoded", "stored", "kept"])
 def test_the_example_learns(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A loop of plain PyTorch: its loss falls by a third in a few epochs, from pictures, from

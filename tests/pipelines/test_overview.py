@@ -98,6 +98,7 @@ def test_running_mean(values: list[float], width: int, expected: list[float]) ->
     assert overview.running_mean(np.array(values), width).tolist() == expected
 
 
+@pytest.mark.slow
 def test_the_command_draws_the_first_samples_and_refuses_another_suffix(
     cache: Cache, tmp_path: Path
 ) -> None:

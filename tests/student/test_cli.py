@@ -322,6 +322,7 @@ LINEAR = (
 )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("name", "options"), [("knn", KNN), ("linear", LINEAR)])
 def test_eval_of_a_run(name: str, options: tuple[str, ...], run: Path, labelled: Path) -> None:
     ran = fx.good(

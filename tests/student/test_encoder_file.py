@@ -33,6 +33,7 @@ def newest(run: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("recipe", ["mae", "cae", "fd", "conv"])
 def test_it_is_the_encoder_of_the_newest_checkpoint(recipe: str, tmp_path: Path) -> None:
     run = ft.pretrained(recipe)
@@ -120,6 +121,7 @@ BAD: dict[str, tuple[Callable[[Any, Any], None], str]] = {
 }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", BAD)
 def test_a_strangers_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     change, why = BAD[name]

@@ -102,6 +102,7 @@ def a_zip() -> bytes:
 SHAPED = "{{'descr': '<f4', 'fortran_order': False, 'shape': {}, }}\n"
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "data",
     [
@@ -130,6 +131,7 @@ def test_rows_in_another_form_are_made_again(
     assert ran.json["n_test"] == 24
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("rows", "what"),
     [

@@ -137,11 +137,13 @@ def fresh(tmp_path: Path, origin: Path, world: World) -> Any:
     return make
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("command", ["resume", "eval", "eval ema", "replay", "config"])
 def test_the_run_as_it_is_serves_every_command(command: str, world: World) -> None:
     assert world.attack(command).status == 0
 
 
+@pytest.mark.slow_after(1)
 @EXAMPLES
 @pytest.mark.parametrize("command", ["resume", "eval", "config"])
 def test_config_json(command: str, examples: int, fresh: Any) -> None:
@@ -160,6 +162,7 @@ def test_config_json(command: str, examples: int, fresh: Any) -> None:
     attacked()
 
 
+@pytest.mark.slow
 @EXAMPLES
 def test_rows_of_metrics(examples: int, fresh: Any) -> None:
     @settings(max_examples=examples, suppress_health_check=CHECKS)
@@ -194,6 +197,7 @@ def objects(draw: st.DrawFn, value: dict[str, Any]) -> Any:
     return hostile.removed(value, where)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @pytest.mark.parametrize("command", ["resume", "eval", "eval ema"])
 def test_checkpoints(command: str, examples: int, fresh: Any) -> None:
@@ -329,6 +333,7 @@ def test_a_checkpoint_that_is_no_file(kind: str, world: World) -> None:
         assert "holds step 2, its name another" in ran.line
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", ["step-x.pt", "step--1.pt", "step-00000001.pt.bak", "step-9.pt"])
 def test_other_names_are_no_checkpoints(name: str, world: World) -> None:
     (world.run / "checkpoints" / name).write_text("mine")

@@ -91,6 +91,7 @@ def test_checkpoints_that_cannot_be_kept(tmp_path: Path, words: tuple[str, ...],
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_by_its_step(run: Path, labelled: Path, home: Path) -> None:
     scores = {}
     for step in (1, 4):

@@ -58,6 +58,7 @@ def rate(step: int, total: int) -> float:
     return 1e-5 + (0.1 - 1e-5) * 0.5 * (1 + math.cos(math.pi * (step - 3) / (total - 3)))
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_by_its_own_options_and_may_be_longer(run: Path, begun: Path) -> None:
     before = rows(begun)
     ran = fx.good(fx.stud("train", "--resume", run, "--steps", "6"))

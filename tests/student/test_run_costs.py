@@ -173,6 +173,7 @@ def test_training_is_counted_and_what_it_saved(home: Path, cache: Path, tmp_path
     assert line["teacher_saved_s"] == pytest.approx(48 / VIEWS * extract["teacher_s"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_counts_each_part_once(
     home: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_failed_run_leaves_its_line(home: Path, cache: Path, tmp_path: Path) -
     assert (line["outcome"], line["views_shown"]) == ("failed", 0)
 
 
+@pytest.mark.slow
 def test_evaluations_are_counted_and_kept_features_cost_no_picture(
     home: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def described(kind: Any, *settings: str) -> dict[str, SettingHelp]:
     return {each.key: each for each in given}
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("name", "key"), ALL)
 def test_every_setting_has_a_meaning(name: str, key: str) -> None:
     found = described(recipes.load(name).Config)[key]
@@ -56,6 +57,7 @@ def test_every_setting_has_a_meaning(name: str, key: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("name", "key"), ALL)
 def test_all_choices_are_allowed_and_no_other(name: str, key: str) -> None:
     kind = recipes.load(name).Config

@@ -232,6 +232,7 @@ def test_notes_go_to_the_logger(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_other_devices_get_words_of_their_own(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +258,7 @@ def test_other_devices_get_words_of_their_own(
     assert files_below(tmp_path / "c") == files_below(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_other_devices_of_a_command_with_a_file_check_nothing_again(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, featcache_command: Command
 ) -> None:

@@ -196,6 +196,7 @@ def test_a_further_home_without_a_ledger_makes_no_cache_unused(
 # ------------------------------------------------------------ two users
 
 
+@pytest.mark.slow
 @as_root
 def test_two_users_of_one_home_write_their_own_files_and_see_each_other(
     place: Path, open_to_all: Callable[..., None]

@@ -63,7 +63,7 @@ def test_a_file_is_parsed_and_never_run(text: str, expected: object, tmp_path: P
     assert recipe_files.read_needs(tmp_path / "recipe.py") == expected
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "serving"),
     [

@@ -104,6 +104,7 @@ def test_a_missing_home_is_not_made(doctor: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("home", "told"),
     [
@@ -174,6 +175,7 @@ def test_a_library_that_cannot_be_imported(
     assert found["open files"]["state"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_torch_that_breaks_while_it_is_imported(tmp_path: Path) -> None:
     """As one whose CUDA libraries do not fit; in a process of its own."""
     (tmp_path / "torch").mkdir()
@@ -401,6 +403,7 @@ def test_pictures_that_are_there(
         assert doctor()["FEATCACHE_IMAGES"]["value"] == repr(str(images))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("made", ["KeyboardInterrupt", "ImportError('cut short')"])
 def test_stopped_while_it_works(start: Callable[..., Running], tmp_path: Path, made: str) -> None:
     """A signal within a check, and what a library may make of it, is no finding: one line, and

@@ -191,6 +191,7 @@ def test_rm_needs_yes_without_a_terminal(featcache_command: Command, cache: Path
     assert cache.is_dir()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("answer", "left"), [("y\n", False), ("n\n", True), ("\n", True)])
 def test_rm_asks_at_a_terminal(cache: Path, tmp_path: Path, answer: str, left: bool) -> None:
     import pty
@@ -429,6 +430,7 @@ def test_gc_unused_lists_and_removes_only_with_yes(
     assert fresh.is_dir()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("reason", ["used", "incomplete", "damaged", "held", "new file"])
 def test_gc_unused_spares(featcache_command: Command, aged: Path, reason: str) -> None:
     held = None

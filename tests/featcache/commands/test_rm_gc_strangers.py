@@ -53,6 +53,7 @@ def test_all_that_an_extraction_writes_is_a_caches_own(origin: Path) -> None:
     assert list(belongings.foreign(origin)) == []
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -185,6 +186,7 @@ def test_gc_leaves_what_has_not_our_whole_name(
     assert f"left {home}/app: " in ran.out  # its manifest is of another program
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -239,6 +241,7 @@ def test_gc_without_a_terminal_lists_removes_nothing_and_says_what_to_do(
     assert not left.exists()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("answer", "stays"), [("y\n", False), ("n\n", True), ("\n", True)])
 def test_gc_asks_at_a_terminal(cache: Path, dead: str, answer: str, stays: bool) -> None:
     import pty

@@ -45,6 +45,7 @@ def shown(run: Command, *words: object) -> dict[str, Any]:
     return facts
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_facts_are_those_of_the_arrays(
     featcache_command: Command, photos: Path, layout: str
@@ -166,6 +167,7 @@ class _Keys(list[str]):
 # ------------------------------------------------------------------ what is wrong
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", ["features", "attention", "mask_order", "thumbnail", "crop"])
 def test_damage_is_told_and_the_rest_is_shown(
     featcache_command: Command, photos: Path, tmp_path: Path, name: str

@@ -32,7 +32,7 @@ def counted(network: Any, forward: Callable[[torch.Tensor], object], px: int) ->
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() / 2e9
 
 
-@pytest.mark.slow_after(6)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", TIMM)
 def test_facts_of_timms_networks(name: str) -> None:
     row = ROWS[name]
@@ -53,7 +53,7 @@ def test_facts_of_timms_networks(name: str) -> None:
     assert row.patches == 196  # a /16 student's grid
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIP)
 def test_facts_of_open_clips_networks(name: str) -> None:
     row, (arch, px) = ROWS[name], CLIP[name]

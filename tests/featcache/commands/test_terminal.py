@@ -71,6 +71,7 @@ def test_what_a_cache_says_is_escaped(
     assert_safe(featcache_command(*words, *cache))
 
 
+@pytest.mark.slow
 def test_what_a_cache_says_is_escaped_where_it_is_shown(
     featcache_command: Command, origin: Path, evil: Path, tmp_path: Path
 ) -> None:

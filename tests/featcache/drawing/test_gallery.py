@@ -82,7 +82,7 @@ def patch_cells(pixels: np.ndarray, side: int = 4) -> np.ndarray:
     return cells.reshape(side * side, n, n, 3)
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("width", [360, 1400])
 @pytest.mark.parametrize("name", [*LAYOUTS, "two", "bare"])
 def test_a_reader_meets_nothing_wrong(galleries: dict[str, Path], name: str, width: int) -> None:
@@ -212,6 +212,7 @@ def test_a_second_teacher_has_its_own_pictures(
 # ------------------------------------------------------------------ what is wrong is told
 
 
+@pytest.mark.slow
 def test_a_damaged_row_is_told_and_the_others_are_drawn(
     featcache_command: Command, caches: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -330,6 +331,7 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "cache", root / "a.tar"
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("width", [360, 1400])
 def test_strangers_names_are_only_text(
     featcache_command: Command, strange: tuple[Path, Path], tmp_path: Path, width: int
@@ -370,6 +372,7 @@ def test_rows_are_chosen_by_the_seed() -> None:
     assert row_choice.by_seed(24, 0, 0) == []
 
 
+@pytest.mark.slow
 def test_the_same_gallery_twice(caches: dict[str, Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
         with featcache.open(caches["kept"]) as cache:

@@ -88,6 +88,7 @@ def test_the_mean_of_a_network(pictures: Path) -> None:
     np.testing.assert_array_equal(found["mean"], cc.mean_of(fp16))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("batch_size", "workers", "shares", "store"),
     [
@@ -166,6 +167,7 @@ def test_no_picture_to_begin_with(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- several processes, and deaths
 
 
+@pytest.mark.slow
 def test_three_processes_at_once_give_the_same_bytes(
     pictures: Path, tmp_path: Path, start: Start
 ) -> None:
@@ -245,7 +247,7 @@ def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_run_again_gives_the_same_bytes(
     pictures: Path, killed: Path, stage: str
@@ -350,6 +352,7 @@ def test_added_views_have_the_means_that_are_there(pictures: Path, tmp_path: Pat
     assert verify.verify_cache(out)[0] == []
 
 
+@pytest.mark.slow
 def test_added_levels_get_means_of_their_own(pictures: Path, tmp_path: Path) -> None:
     out = copy_tree(cc.made(pictures, codec="t3"), tmp_path / "c")
     part = cc.add(pictures, out, codec="t3", levels=(1, 2, 4, 5))
@@ -421,6 +424,7 @@ def test_the_means_of_what_is_added_are_of_the_rows_that_are_there(
     np.testing.assert_array_equal(cc.state(part)["mean"], cc.mean_of(every)[:1])
 
 
+@pytest.mark.slow
 def test_an_added_teacher_has_a_codec_and_a_state_of_its_own(
     pictures: Path, tmp_path: Path
 ) -> None:
@@ -548,6 +552,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("codec", ["q8", "t3"])
 def test_a_damaged_state_is_told_and_restored_from_its_copy(
@@ -628,6 +633,7 @@ def ask(cache: Path, pictures: Path) -> dict[str, Any]:
         return recompute.recompute(opened, open_source(pictures), None, 100, 0, "cpu")
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recomputed_rows_are_within_what_the_codec_loses(
@@ -638,6 +644,7 @@ def test_recomputed_rows_are_within_what_the_codec_loses(
     assert found["feature_error"] > 1e-3
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("codec", LOSSY)
 def test_recomputed_rows_of_a_network_in_another_batch(pictures: Path, codec: str) -> None:
     found = ask(cc.made(pictures, teacher=VIT, codec=codec), pictures)
@@ -683,6 +690,7 @@ def decoded(cache: Path, levels: tuple[int, ...], views: int) -> np.ndarray:
         )  # (V, L, n, T, D)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("layout", ["raster", "kept"])
 def test_copies_decode_as_before(pictures: Path, tmp_path: Path, layout: str) -> None:
     origin = cc.made(pictures, codec="t4", **LAYOUTS[layout])
@@ -707,6 +715,7 @@ def test_copies_decode_as_before(pictures: Path, tmp_path: Path, layout: str) ->
         assert verify.verify_cache(tmp_path / name)[0] == []
 
 
+@pytest.mark.slow
 def test_a_flat_copy_of_added_levels_and_views(pictures: Path, tmp_path: Path) -> None:
     out = copy_tree(cc.made(pictures, codec="t3", views=2), tmp_path / "c")
     cc.add(pictures, out, codec="t3", views=2, levels=(1, 2, 5))
@@ -847,6 +856,7 @@ def test_what_is_not_finite_is_told_by_key_view_and_level(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_after_the_sample(pictures: Path, tmp_path: Path) -> None:
     """The state is there already, and stays for the next attempt: the 270th view of 275."""
     views = 25

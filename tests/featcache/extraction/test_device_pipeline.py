@@ -53,6 +53,7 @@ class Marks:
         assert begun, f"{stage} {number} has not begun meanwhile"
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("holder", "awaited"),
     [
@@ -123,6 +124,7 @@ def test_the_teacher_does_not_run_away(
     assert max(ahead) == extract.IN_FLIGHT + 1
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("stage", ["decode", "teacher", "encode", "write"])
 def test_a_failure_in_any_stage_stops_all_and_leaves_no_litter(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str

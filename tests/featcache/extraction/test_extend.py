@@ -111,6 +111,7 @@ def at_once(pictures: Path, name: str = SYNTHETIC) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- the union
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("store", STORES)
 def test_the_union_equals_one_extraction(pictures: Path, store: str) -> None:
     with featcache.open(grown(pictures, store)) as cache:
@@ -129,6 +130,7 @@ def test_the_union_equals_one_extraction(pictures: Path, store: str) -> None:
             )
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(
     rows=st.lists(st.integers(0, 10), min_size=1, max_size=9),

@@ -51,6 +51,7 @@ def noted_batch_size(files: dict[str, bytes], size: int) -> dict[str, bytes]:
     return {**files, "manifest.json": text.encode(), "shards/manifest.copy.json": text.encode()}
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("workers", "batch_size"), [(1, 4), (3, 4), (1, 7), (3, 7), (2, 1), (2, 64)]
 )
@@ -332,6 +333,7 @@ def raster_cache(folder: Path) -> Path:
     return folder.parent / "raster"
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("keep", [None, 4, 1, 9])
 def test_ranked_tokens_are_the_raster_ones_in_the_stored_order(
     photos: Path, keep: int | None

@@ -91,6 +91,7 @@ def records(out: Path) -> list[Path]:
 # ---------------------------------------------------------------- at once, and in shares
 
 
+@pytest.mark.slow
 def test_three_processes_at_once_give_the_same_bytes(
     pictures: Path, tmp_path: Path, start: Start
 ) -> None:
@@ -123,6 +124,7 @@ def test_more_shares_than_shards(photos: Path, tmp_path: Path) -> None:
         assert len(records(tmp_path / "c")) == min(i + 1, 2)
 
 
+@pytest.mark.slow
 def test_a_share_by_the_command(pictures: Path, tmp_path: Path, start: Start) -> None:
     second = start(*command(pictures, tmp_path / "c", "--shard", "1/2"))
     assert second.wait() == 0, second.said
@@ -242,6 +244,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
 # ---------------------------------------------------------------- killed, stopped
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_succeeded_by_one_that_waits(
     pictures: Path, tmp_path: Path, start: Start
 ) -> None:
@@ -261,6 +264,7 @@ def test_a_killed_process_is_succeeded_by_one_that_waits(
     assert files_below(out) == whole(pictures)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name
 )
@@ -311,6 +315,7 @@ def test_the_loser_of_a_shard_discards(
 # ---------------------------------------------------------------- devices
 
 
+@pytest.mark.slow
 def test_two_devices_give_what_one_gives(pictures: Path, tmp_path: Path, start: Start) -> None:
     running = start(
         *command(pictures, tmp_path / "c", "--devices", "cpu,cpu"), before=f"{SLOW}\n{FAST}"
@@ -332,6 +337,7 @@ def test_unknown_devices(text: str) -> None:
     assert launcher.parse_devices("cpu,cpu") == ["cpu", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_failed_helper_is_told_and_does_no_harm(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

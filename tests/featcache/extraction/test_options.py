@@ -70,6 +70,7 @@ def apart(folder: Path, store: str) -> dict[str, bytes]:
 # ---------------------------------------------------------------- the same bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 def test_one_pass_writes_what_separate_commands_write(
     pictures: Path, tmp_path: Path, store: str
@@ -100,6 +101,7 @@ def test_each_picture_is_decoded_once(
     assert len(count) == progress.pictures == progress.total == 13
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("after", [3, 8, 13])
 def test_a_stopped_pass_continues_to_the_same_bytes(
     pictures: Path, tmp_path: Path, after: int
@@ -211,6 +213,7 @@ def test_room_is_asked_for_all_of_them(
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command(featcache_command: Callable[..., Ran], pictures: Path, tmp_path: Path) -> None:
     base = (
         "--images",
@@ -261,6 +264,7 @@ def test_the_command(featcache_command: Callable[..., Ran], pictures: Path, tmp_
     )
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_pass(
     pictures: Path, tmp_path: Path, start: Callable[..., Running]
 ) -> None:
@@ -333,6 +337,7 @@ def test_caches_extracted_apart_are_joined_on_equal_boxes(
             np.testing.assert_array_equal(one["pixel_hash"], other["pixel_hash"])
 
 
+@pytest.mark.slow
 def test_caches_of_other_crops_are_not_joined(photos: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -36,6 +36,7 @@ def both(tmp_path: Path) -> tuple[Path, Path]:
     return noise(tmp_path / "these"), noise(tmp_path / "others", seed=1)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("store", STORES)
 def test_a_teacher_is_added_from_the_same_pictures_alone(
     both: tuple[Path, Path], tmp_path: Path, store: str
@@ -105,6 +106,7 @@ def test_pictures_that_can_no_longer_be_decoded_keep_their_rows(
     extract.run(make_plan(these), tmp_path / "c", batch_size=4)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("size", [(40, 40), (40, 41)])
 def test_one_other_picture_of_many_is_found_as_a_teacher_is_added(

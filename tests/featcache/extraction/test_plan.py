@@ -318,6 +318,7 @@ SAYS = {
 }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("option", SAYS)
 def test_no_option_does_nothing(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, option: str

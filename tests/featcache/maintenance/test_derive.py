@@ -143,6 +143,7 @@ def test_derived_is_what_an_extraction_writes(
     assert_as_extracted(tmp_path / "c", direct)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("codec", ["fp16", "q8"])
 @pytest.mark.parametrize("layout", ["raster", "kept"])
 def test_from_ranked_tokens(pictures: Path, tmp_path: Path, codec: str, layout: str) -> None:
@@ -152,6 +153,7 @@ def test_from_ranked_tokens(pictures: Path, tmp_path: Path, codec: str, layout: 
     assert_as_extracted(tmp_path / "c", cc.made(pictures, codec=codec, **LAYOUTS[layout]))
 
 
+@pytest.mark.slow
 def test_from_kept_tokens_fewer_and_by_a_share(pictures: Path, tmp_path: Path) -> None:
     derive(cc.made(pictures, **LAYOUTS["kept"]), tmp_path / "c", keep="3", codec="t4")
     assert_as_extracted(tmp_path / "c", cc.made(pictures, codec="t4", tokens="ranked", keep=3))
@@ -200,6 +202,7 @@ def test_what_is_lost_is_that_of_the_extraction(pictures: Path, tmp_path: Path) 
     assert {"views", "cosine", "mse", "worst", "added_loss"} == here.keys()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("codec", LOSSY)
 def test_fewer_of_a_lossy_cache_decode_as_before(
     pictures: Path, tmp_path: Path, codec: str
@@ -281,6 +284,7 @@ def test_running_again_does_nothing(pictures: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+@pytest.mark.slow
 def test_two_at_once_give_the_same_bytes(pictures: Path, tmp_path: Path, start: Start) -> None:
     origin, out = cc.made(pictures), tmp_path / "c"
     words = ("derive", origin, out, "--codec", "t4")
@@ -310,7 +314,7 @@ def grown(pictures: Path) -> Path:
     return out
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["raster", "kept"])
 def test_all_that_was_added_is_derived_part_by_part(
     pictures: Path, grown: Path, tmp_path: Path, layout: str
@@ -383,6 +387,7 @@ def test_token_ids_that_were_added_stay(pictures: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_of_lossy_parts_a_flat_cache_decodes_as_they_do(pictures: Path, tmp_path: Path) -> None:
     origin = copy_tree(cc.made(pictures, codec="t3", views=2), tmp_path / "origin")
     cc.add(pictures, origin, codec="t3", views=2, levels=(1, 2, 5))
@@ -469,6 +474,7 @@ def test_a_width_that_no_rotation_takes(tmp_path: Path, pictures: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("codec", ["t3", "fp16"])
 @pytest.mark.parametrize("shard", ["000000", "000001"])
 def test_a_damaged_parent_is_named_and_nothing_half_written_is_published(
@@ -611,6 +617,7 @@ LOSSES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("lost", LOSSES)
 def test_it_is_repaired_from_its_parent(pictures: Path, tmp_path: Path, lost: str) -> None:
     derive(cc.made(pictures), tmp_path / "c", codec="t3", tokens="ranked", keep="5", views=2)
@@ -623,6 +630,7 @@ def test_it_is_repaired_from_its_parent(pictures: Path, tmp_path: Path, lost: st
     assert repair.run(tmp_path / "c", never) == {"restored": [], "shards": []}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [None, "0.3"])
 def test_parts_are_repaired_from_the_parents(grown: Path, tmp_path: Path, keep: str | None) -> None:
     """A share of the patches is another number of each teacher's."""
@@ -709,6 +717,7 @@ def test_a_copy_of_it_is_repaired_from_its_parent(
     assert files_below(out) == whole
 
 
+@pytest.mark.slow
 def test_parts_of_a_copy_are_repaired(grown: Path, tmp_path: Path) -> None:
     derive(grown, tmp_path / "d", codec="q8")
     transfer.copy(tmp_path / "d", tmp_path / "c", shards=(0, 2))

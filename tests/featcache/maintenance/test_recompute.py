@@ -81,6 +81,7 @@ def test_a_clean_sample(request: pytest.FixtureRequest, pictures: Path, name: st
     assert fewer["bad_rows_below"] == pytest.approx(0.6316, abs=1e-3)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize(
     "options", [{"tokens": "ranked"}, {"tokens": "ranked", "keep": 2, "pixels": True}], ids=str

@@ -96,7 +96,7 @@ def sweep(
 CACHES = [(pictures, store) for pictures in ("pictures", "photos") for store in STORES]
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "store"), CACHES, ids=str)
 def test_every_file_with_one_damage_or_another(
     request: pytest.FixtureRequest, tmp_path: Path, given: str, store: str
@@ -244,6 +244,7 @@ def test_a_batch_size_that_is_not_recorded_is_the_usual_one(
     assert "records no batch size, 32 is taken" in caplog.text
 
 
+@pytest.mark.slow
 def test_real_weights_and_another_batch_size_are_as_at_extraction(
     photos: Path, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def cache(pictures: Path, tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- copies
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("damage", ["a flipped bit", "no record", "nothing left"])
 @pytest.mark.parametrize("store", STORES)
 def test_some_shards_are_repaired_from_the_pictures_of_all(
@@ -158,6 +159,7 @@ def test_a_quarantine_where_nothing_was_put_into_it(photos: Path, tmp_path: Path
 # ---------------------------------------------------------------- a place that cannot be read
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", ["manifest.json", f"{SHARDS}/000001.json", numbers("zarr", 1)])
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO], ids=errno.errorcode.get)
 def test_what_cannot_be_read_is_not_taken_for_damage(
@@ -268,6 +270,7 @@ def test_two_repairs_at_once(cache: Path, start: Start) -> None:
     assert files_below(cache) == whole
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stopped_repair_leaves_the_shard_it_had_in_hand(
     cache: Path, start: Start, number: signal.Signals
@@ -286,6 +289,7 @@ def test_a_stopped_repair_leaves_the_shard_it_had_in_hand(
     assert files_below(cache) == whole
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stopped_copy_keeps_whole_shards_and_continues(
     pictures: Path, tmp_path: Path, start: Start, number: signal.Signals

@@ -132,6 +132,7 @@ def test_progress_ends_at_its_total(plain: Path, tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "changes", [{}, RANKED, {"pixels": True}], ids=["raster", "ranked", "pixels"]
 )
@@ -187,6 +188,7 @@ def test_blocks_of_one_item_change_no_byte(
 # ---------------------------------------------------------------- less
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("origin", "chosen"),
     [
@@ -307,6 +309,7 @@ def parts(cache: featcache.Cache) -> list[Path]:
     return sorted((cache.path / "parts").iterdir())
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     view_count=st.integers(1, 3),
@@ -505,7 +508,7 @@ STOPS = [
 ]
 
 
-@pytest.mark.slow_after(8)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=repr
 )
@@ -607,6 +610,7 @@ def test_a_shard_that_another_process_holds_is_waited_for(
 # ---------------------------------------------------------------- damaged
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("work", WORK)
 def test_a_damaged_source_is_named_and_its_shard_not_published(
     plain: Path, tmp_path: Path, work: str

@@ -83,6 +83,7 @@ def test_an_unknown_keyword_is_met_with_near_ones() -> None:
         architecture.check_keywords("a teacher", {"dept": 2})
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "make",
     [
@@ -121,6 +122,7 @@ def test_an_open_clip_name_takes_no_keyword_of_files() -> None:
         teachers.load("open_clip:ViT-B-32,cache_dir=/tmp", "random:0")
 
 
+@pytest.mark.slow
 def test_a_runs_encoder_opens_no_file(tmp_path: Path, opened: Path) -> None:
     """As `student eval` meets it: the name lies in config.json."""
     import json

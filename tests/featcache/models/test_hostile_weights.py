@@ -96,6 +96,7 @@ def test_a_dict_that_holds_itself(tmp_path: Path) -> None:
     refused(tmp_path / "w.pt", "contains itself")
 
 
+@pytest.mark.slow
 def test_shared_dicts_that_unfold_exponentially(tmp_path: Path) -> None:
     value: dict[str, Any] = {"w": torch.zeros(2)}
     for _ in range(40):

@@ -53,6 +53,7 @@ def batch() -> torch.Tensor:
 # ---------------------------------------------------------------- what runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_is_the_librarys_own(precision: str, photos: Path, tmp_path: Path) -> None:
     """Bit for bit timm under torch.autocast, normalised in fp32; as far from fp32 as the mantissa
@@ -151,6 +152,7 @@ def test_what_cannot_be_run() -> None:
 # ---------------------------------------------------------------- what a cache says of it
 
 
+@pytest.mark.slow
 def test_the_precision_is_part_of_the_identity(photos: Path, tmp_path: Path) -> None:
     full, half = (made(photos, precision).manifest() for precision in ("fp32", "bf16"))
     assert [(each.field, each.grade) for each in identity.compare(full, half)] == [
@@ -215,6 +217,7 @@ def test_a_compiled_teacher_gives_the_same_numbers(
             assert np.abs(x - y).max() / np.abs(x).max() < bound
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_verify_and_repair_run_it_alike(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, precision: str
@@ -285,6 +288,7 @@ def test_an_overflow_is_told_by_picture_and_level_with_the_cure(tmp_path: Path) 
         extract.run(large(precision), tmp_path / precision, batch_size=2)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_teacher_in_the_loop_runs_as_the_caches_did(
     precision: str, photos: Path, tmp_path: Path
@@ -304,6 +308,7 @@ def test_the_teacher_in_the_loop_runs_as_the_caches_did(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="glibc's allocator is the one that gives memory back"
 )

@@ -195,6 +195,7 @@ def test_a_whole_checkpoint_of_dino_is_read(tmp_path: Path) -> None:
         assert all(torch.equal(found[f"vit.{name}"], value) for name, value in wanted.items())
 
 
+@pytest.mark.slow
 def test_wrapped_and_saved_by_torch_itself(tmp_path: Path) -> None:
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
     net = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)

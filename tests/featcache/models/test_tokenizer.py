@@ -271,6 +271,7 @@ def test_loading_tells_tokenizers_apart() -> None:
     assert not isinstance(teachers.load_any(SYNTHETIC, None, "cpu"), TokenizerTeacher)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("store", STORES)
 def test_it_is_converted_copied_and_shown(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, store: str
@@ -299,6 +300,7 @@ def test_it_is_converted_copied_and_shown(
     assert featcache_command("verify", tmp_path / "d").status == 0
 
 
+@pytest.mark.slow
 def test_the_command_adds_it_by_name(
     featcache_command: Callable[..., Ran],
     photos: Path,

@@ -171,6 +171,7 @@ def _wrong(folder: Path, kind: str) -> Path:
     return path
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_file_is_one_clear_line_in_every_family(

@@ -112,7 +112,7 @@ def read_all(path: Path) -> None:
             np.testing.assert_array_equal(got, NUMBERS["features"][:, view])
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_flip_anywhere_is_harmless_or_named(copied: Path) -> None:
     """Of a file of compressed chunks, byte by byte: never other numbers."""
     path = copied / CHUNK
@@ -145,6 +145,7 @@ def test_a_rerouted_index_is_refused(copied: Path, change: dict[int, int]) -> No
     assert verify.verify_cache(copied)[0] == [f"{path}: checksum differs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", ["first", "none"])
 def test_a_small_file_that_claims_to_be_huge_takes_no_memory(copied: Path, chunk: str) -> None:
     """Sparse, with right checksums: one chunk is all of it, or all that it could hold is index."""
@@ -186,6 +187,7 @@ def test_who_copies_it_out_is_not_told(
     assert caplog.messages == []
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("at", range(16))
 def test_a_chunks_own_header_is_not_believed(copied: Path, at: int) -> None:
     """Whatever it says of sizes, the decompressor writes no further than the memory it is given."""

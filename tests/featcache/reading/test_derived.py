@@ -277,6 +277,7 @@ def test_the_residual_stream_of_any_level(photos: Path) -> None:
             cache.derive("f", teacher="clip")
 
 
+@pytest.mark.slow
 def test_ranked_tokens_come_by_rank(photos: Path, tmp_path: Path) -> None:
     made = make_plan(photos, SYNTHETIC, levels=(3,))
     extract.run(made, tmp_path / "raster", batch_size=4)

@@ -98,6 +98,7 @@ ANY = settings(
 )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("hot", [3000, 9000, 1 << 19])  # checked after so many bytes
 @ANY
 @given(
@@ -247,6 +248,7 @@ def test_the_sum_is_the_one_in_the_standard(crc: Callable[[np.ndarray], int]) ->
         assert crc(np.frombuffer(data, np.uint8)) == value
 
 
+@pytest.mark.slow_after(1)
 @CHECKED
 @settings(max_examples=300, deadline=None)
 @given(start=st.integers(0, 70), size=st.one_of(st.integers(0, 3000), st.integers(0, SIZE - 70)))
@@ -272,6 +274,7 @@ def test_it_is_there_on_every_processor_with_the_instructions() -> None:
 NO_FEATURES = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "without", [NO_FEATURES, {"NUMBA_DISABLE_JIT": "1"}], ids=["features", "compiler"]
 )

@@ -112,6 +112,7 @@ def test_a_file_of_another_size_is_named_when_the_cache_is_opened(
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("io", ["buffered", "streaming", "direct"])
 @pytest.mark.parametrize("how", ["short", "missing"])
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ ANYWHERE = st.tuples(
 )
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(where=ANYWHERE, tokens=st.one_of(st.none(), st.integers(1, TOKENS)))
 def test_a_flip_anywhere_is_harmless_or_named(
@@ -261,6 +262,7 @@ def twins(cache: Path, store: str) -> list[list[tuple[Path, Path]]]:
     ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_files_in_one_another_s_place_are_never_read_as_their_own(
     alike: dict[tuple[str, str], Path], kind: tuple[str, str]
@@ -359,6 +361,7 @@ def test_neighbours_are_read_together_and_each_is_checked(
         assert (bad.value.row, bad.value.column) == (0, wrong)
 
 
+@pytest.mark.slow_after(1)
 def test_a_share_of_the_rows_is_checked_and_others_the_next_time(copy: Path) -> None:
     """So that a bad row is met in the end, however small the share; none at all with 0."""
     flip(copy / CHUNK, 240 + 3)
@@ -599,6 +602,7 @@ def test_after_a_fork_both_sides_read(threaded: Cache) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("io", ["buffered", "streaming", "direct"])
 def test_forked_readers_do_not_share_memory(copy: Path, io: str) -> None:
     """Each child reads one row of its own again and again, unchecked, while the other reads
@@ -644,6 +648,7 @@ def test_pickling_keeps_the_options(copy: Path) -> None:
         check_all(again)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("threads", [1, 4])
 def test_many_threads_at_once(copy: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     monkeypatch.setattr(range_reader, "_INLINE_BYTES", 0)
@@ -666,6 +671,7 @@ def open_files(folder: Path) -> int:
     return found
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", STORES)
 def test_file_descriptors_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -776,7 +782,7 @@ sys.exit(f"the child ended with {ended}" if ended else 0)
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("callers", [1, 3])
 def test_few_free_file_descriptors_are_shared(tmp_path: Path, callers: int) -> None:
     """Rows of eight files, checked or not, first large reads, where up to nine file descriptors

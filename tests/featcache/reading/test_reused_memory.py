@@ -56,7 +56,7 @@ VIEWS: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", VIEWS)
 def test_memory_that_can_be_seen_is_not_used_again(kind: str) -> None:
     memory = ReusedMemory(8 * MIB)
@@ -158,6 +158,7 @@ def _in_child(pipe: Any) -> None:
     pipe.send(int(array[::4096].sum()))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 def test_a_child_works_and_leaves_the_parent_s_arrays_alone(method: str) -> None:

@@ -94,18 +94,20 @@ MOVES: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_pass(name: str) -> None:
     check_transform(COLOURS[name], 224)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", MOVES)
 def test_what_moves_pixels_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="the transform moves pixels, and targets belong to the"):
         check_transform(MOVES[name], 224)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("size", [32, 48, 96])
 def test_small_views(size: int) -> None:
     for name in ("normalise", "jitter", "erasing", "equalize", "jpeg", "noise"):

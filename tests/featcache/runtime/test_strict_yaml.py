@@ -87,6 +87,7 @@ def test_what_is_refused_is_told_in_a_line(text: bytes, told: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from("abc"), PLAIN | st.lists(PLAIN, max_size=3), min_size=1))
 def test_what_is_written_reads_back_by_either_version(values: dict[str, Any]) -> None:
     lines = [strict_yaml.format_entry(key, value) for key, value in values.items()]

@@ -142,6 +142,7 @@ def test_views_that_a_part_on_its_own_does_not_hold(
             part.read([0], 0)
 
 
+@pytest.mark.slow
 def test_closing_while_others_read(pair: tuple[Path, Path]) -> None:
     """Neither waits for the other for ever, and what is read is right."""
     cache = featcache.open(pair[0], threads=3)

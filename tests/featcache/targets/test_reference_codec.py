@@ -125,6 +125,7 @@ def test_eight_bits_are_the_nearest_numbers() -> None:
     assert np.array_equal(reference.search(u, numbers, 8), nearest)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", reference.BITS)
 def test_gaussians_lose_as_little_as_promised_and_as_predicted(name: str) -> None:
     bits, rng = reference.BITS[name], np.random.default_rng(3)

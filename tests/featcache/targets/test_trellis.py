@@ -61,7 +61,7 @@ def gaussian(width: int, levels: int = 2, tokens: int = 24) -> tuple[npt.NDArray
     return (rng.standard_normal((2, levels, tokens, width)) + mean[:, None]).astype("f2"), mean
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_decodes_our_bytes_to_what_we_decode(name: str, width: int) -> None:
@@ -76,7 +76,7 @@ def test_the_reference_decodes_our_bytes_to_what_we_decode(name: str, width: int
     assert (np.abs(ours - theirs) / rms).max() < 1e-5
 
 
-@pytest.mark.slow_after(6)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
 def test_we_decode_the_references_bytes_with_the_error_it_predicts(name: str, width: int) -> None:
@@ -88,7 +88,7 @@ def test_we_decode_the_references_bytes_with_the_error_it_predicts(name: str, wi
     np.testing.assert_allclose(lost(ours, h, mean[:, None]), predicted, rtol=1e-4)
 
 
-@pytest.mark.slow_after(6)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
 def test_our_streams_are_as_good_as_the_best(name: str, width: int) -> None:
@@ -167,6 +167,7 @@ def tokens(kind: str, width: int) -> tuple[npt.NDArray, npt.NDArray]:
     return views.astype("f2"), h.astype("f2")
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
@@ -236,6 +237,7 @@ def test_the_rotation_is_of_width_and_seed_alone(name: str) -> None:
     assert len({rotation(seed) for seed in (0, 1, 2, 2**40)}) == 4
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("width", [16, 64, 192, 768])  # no place may lie beyond the narrowest
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_compiler_the_bytes_and_values_are_the_same(

@@ -54,7 +54,7 @@ def cases(draw: st.DrawFn) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.floa
     return h, views.astype("f8").mean(0).astype("f4")
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60, deadline=None)
 @given(case=cases())

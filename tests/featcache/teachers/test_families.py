@@ -59,6 +59,7 @@ def _options(text: str) -> dict[str, Any]:
     return dict(parse_options(text))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("family", TIMM)
 def test_timm_families_equal_the_unmodified_model(family: str) -> None:
     arch, options, prefix = TIMM[family]
@@ -214,6 +215,7 @@ def _tower_map(attn: Any, x: Tensor) -> Tensor:
     return logits.softmax(-1).mean(1)
 
 
+@pytest.mark.slow
 def test_a_tower_that_open_clip_takes_from_timm(tmp_path: Path) -> None:
     """SigLIP by its open_clip name: the trunk is timm's, the pixel statistics are the tag's."""
     teacher: Any = teachers.load("open_clip:ViT-B-16-SigLIP", "random:0")

@@ -98,6 +98,7 @@ def test_repair_runs_an_own_teacher_only_where_it_is_named(own: Path, cache: Pat
     good(feat("verify", str(cache)))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("how", [("--teacher", "online"), ("--fallback", "online")])
 def test_training_runs_a_caches_own_teacher_only_where_it_is_named(
     own: Path, cache: Path, how: tuple[str, str]

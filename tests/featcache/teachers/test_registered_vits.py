@@ -67,6 +67,7 @@ def pool_weights(pool: Any, x: Tensor) -> Tensor:
     return (logits / (width // heads) ** 0.5).softmax(-1)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", timm_vit.NAMES)
 def test_levels_output_and_attention_equal_timms(name: str) -> None:
     teacher, exact = small(name)
@@ -109,6 +110,7 @@ def _tail(teacher: Any) -> dict[str, Tensor]:
     return {name: torch.from_numpy(values) for name, values in teacher.tail().items()}
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", timm_vit.NAMES)
 def test_a_tail_tells_the_kind_of_the_final_norm(name: str) -> None:
     teacher, _ = small(name)

@@ -395,6 +395,7 @@ def test_every_registered_name_has_its_facts() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_name_is_found_without_the_libraries() -> None:
     """They take seconds to import, and one of them may not be installed."""
     code = (

@@ -136,6 +136,7 @@ def train(*words: object) -> Result:
     return CliRunner().invoke(student.cli.cli, given)
 
 
+@pytest.mark.slow
 def test_training_without_a_cache_turns_them_where_asked_to(photos8: Path, tmp_path: Path) -> None:
     for name, more in (("plain", ()), ("turned", ("--exif",))):
         words = ("--recipe", "mae", "--images", photos8, "--out", tmp_path / name, *more)

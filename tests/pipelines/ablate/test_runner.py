@@ -217,6 +217,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_command_that_outlives_its_runner_still_holds_the_folder(
     tmp_path: Path, orders: Path
 ) -> None:

@@ -289,6 +289,7 @@ sys.exit(0)
 """
 
 
+@pytest.mark.slow
 def test_two_trainings_in_two_processes(tmp_path: Path) -> None:
     given = {"cache": str(fx.cache_path()), "images": str(fx.pictures())}
     code = PROCESS.format(**given, settings=SETTINGS, out=str(tmp_path / "two"))

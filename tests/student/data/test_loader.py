@@ -151,6 +151,7 @@ def test_an_epoch_shows_nothing_twice_and_all_but_a_rest(
     assert n - batch < len(seen) <= n
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(8, 120), per=st.integers(1, 3), seed=st.integers(0, 99))
 def test_processes_and_micro_batches_share_the_same_global_batches(
@@ -318,6 +319,7 @@ def test_repeats_that_cannot_be(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("options", [("--aug-repeats", "3"), ("--sampling", "block")])
 def test_the_same_run_from_the_cache_and_with_the_teacher_in_the_loop(
     options: tuple[str, ...], tmp_path: Path
@@ -546,6 +548,7 @@ def test_a_tolerance_lets_small_differences_pass_and_is_recorded(tmp_path: Path)
     assert checkpoint.read_config(tmp_path / "wide")["targets"]["pixel_tolerance"] == 4.0
 
 
+@pytest.mark.slow
 def test_the_checked_share_is_the_one_asked_for() -> None:
     """Drawn from (seed, epoch, key): about an eighth of 2,400 views, none at 0, all at 1."""
     seen: list[int] = []

@@ -189,6 +189,7 @@ def test_classes_that_one_patch_tells_are_separated() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_attention_finds_the_patch() -> None:
     """Classes are told by patch 1 alone, token 2 of four."""
     task = toys.toy_task(gap=6.0)

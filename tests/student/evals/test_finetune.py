@@ -156,7 +156,7 @@ def plain_timm(recipe: str, config: dict[str, Any]) -> Any:
     )
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize("size", [32, 48])
 @pytest.mark.parametrize("recipe", ["mae", "cae", "fd"])
@@ -263,6 +263,7 @@ def test_results_lie_in_the_run_in_out_and_at_home(tmp_path: Path) -> None:
 # --- options --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "options", [(), ("--checkpoint", 1), ("--ema",), ("--checkpoint", 1, "--ema")]
 )
@@ -285,6 +286,7 @@ def test_it_begins_with_the_weights_that_were_asked_for(
     assert (begun["checkpoint"], begun["ema"]) == (step, "--ema" in options)
 
 
+@pytest.mark.slow
 def test_the_average_is_scored(tmp_path: Path) -> None:
     run = tmp_path / "run"
     facts = fx.good(ft.finetune("mae", run, "--keep-ema", 0.5, "--json", sets=MOVES)).json
@@ -330,6 +332,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     fx.good(ft.finetune("mae", tmp_path / "run", "--dry-run"))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("recipe", ["mae", "fd", "conv"])
 def test_a_loss_that_is_not_finite_is_replayed(recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -80,7 +80,7 @@ def test_the_whole_run_has_something_to_compare(whole: Path) -> None:
     assert best(whole)[0] == {"step": first, "top1": max(scores)}
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["told", "died", "died often saved"])
 @pytest.mark.parametrize("step", range(STEPS))
 def test_interrupted_at_every_step_and_resumed(
@@ -148,7 +148,7 @@ student.features.results.record = dies
 }
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", ["mae"], indirect=True)
 @pytest.mark.parametrize("where", KILLS)
 def test_killed_and_resumed(where: str, whole: Path, tmp_path: Path) -> None:
@@ -177,6 +177,7 @@ def test_a_finished_run_that_is_resumed_scores_again(whole: Path, tmp_path: Path
 WHOLE, HALVES, TWO, BOTH = (1, 8, 1), (1, 4, 2), (2, 4, 1), (2, 2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "cuts"),
     [
@@ -214,6 +215,7 @@ def test_any_cut_of_a_step_makes_the_same_losses_and_scores(
         assert best(runs[cut])[0] == best(runs[WHOLE])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", ["mae"], indirect=True)
 def test_a_run_goes_on_with_two_processes(whole: Path, tmp_path: Path) -> None:
     """One process to the second epoch, then two with half of the batch each."""

@@ -66,6 +66,7 @@ REFUSED: list[tuple[str, tuple[Option, ...], int, str]] = [
 ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("recipe", "options", "status", "told"), REFUSED)
 def test_refused(
     recipe: str, options: tuple[Option, ...], status: int, told: str, tmp_path: Path
@@ -119,6 +120,7 @@ def fine_tuned(run: Path) -> fx.Ran:
     return fx.stud("eval", "finetune", run, *words)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("how", "status", "told"),
     [
@@ -149,7 +151,7 @@ def test_the_centre_crop_by_name_is_the_default(run: Path) -> None:
 # --- a fine-tuned run serves the other commands ---------------------------------------------------
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mae", "cae", "fd", "conv cls"])
 def test_a_fine_tuned_run_is_embedded_and_judged(recipe: str, tmp_path: Path) -> None:
     """Its features are timm's: [CLS] of `forward_features`, whose last norm has gone behind the

@@ -113,6 +113,7 @@ def test_separable_classes_are_separated() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_features_without_classes_stay_at_chance() -> None:
     assert evaluated(toys.toy_task(gap=0.0))["top1"] < 45
 
@@ -121,6 +122,7 @@ def test_few_classes_have_no_top5() -> None:
     assert "top5" not in evaluated(toys.toy_task(classes=4))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_probe() -> None:
     runs = []
     for seed in (1, 1, 2):
@@ -236,6 +238,7 @@ def test_stored_views_take_turns() -> None:
     assert stored == fresh
 
 
+@pytest.mark.slow
 def test_real_pictures_from_a_folder_for_any_embedding_batch(tmp_path: Path) -> None:
     """Red against blue, two views in turn: all are told apart, and the batch of the backbone
     changes nothing."""

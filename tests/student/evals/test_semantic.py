@@ -129,6 +129,7 @@ def pixels_of(source: Any, view: int | None, size: int, seed: int) -> torch.Tens
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("views", [None, [0, 3]])
 @pytest.mark.parametrize("teacher_px", [32, 48])
 def test_features_are_those_of_the_encoder_on_the_patches_kept(
@@ -186,6 +187,7 @@ def test_published_settings() -> None:
     assert semantic.DEFAULTS["milan", "large"] == {"blr": "0.02"}
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("options", "error"), [
     (("--keep-share", "0"), "cannot keep 0 of 16 patches: --keep-share is at most 1 and leaves"),
     (("--keep-share", "0.05"), "cannot keep 0.05 of 16 patches"),

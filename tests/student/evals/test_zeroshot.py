@@ -277,7 +277,7 @@ def predicted(name: str, run: Path, images: Path) -> F64:
 SERVE = ["kd", "kd f", "milan", "caev2", "maskalign", "maskalign bn", "mralign"]
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVE)
 def test_a_students_embedding_is_its_prediction_of_the_teachers_cls(
     clip: Clip, labelled: Path, run_of: Callable[[str], Path], name: str
@@ -295,6 +295,7 @@ def test_a_students_embedding_is_its_prediction_of_the_teachers_cls(
     np.testing.assert_allclose(outcome.scored[0].scores, z @ texts.numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_average_of_weights(clip: Clip, labelled: Path, run_of: Callable[[str], Path]) -> None:
     one, two = (
         of_run(clip, run_of("kd"), labelled, ema=ema, templates="simple").scored[0].scores
@@ -303,7 +304,7 @@ def test_the_average_of_weights(clip: Clip, labelled: Path, run_of: Callable[[st
     assert not torch.allclose(one, two, atol=1e-6)
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("name", "predicts"), [
     ("mvp", "predicts z, and not the teacher's output at [CLS]"),
     ("fd", "predicts fd, and not"),
@@ -327,6 +328,7 @@ def test_recipes_that_predict_no_cls_are_told(
 # --- as a command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_pictures_are_scored_and_embeddings_are_kept(
     clip: Clip, labelled: Path, run_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -498,6 +500,7 @@ def test_a_student_of_another_teacher(labelled: Path, tmp_path: Path) -> None:
 # --- a run folder of somebody else's --------------------------------------------------------------
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("change", "error"), [
     ({"recipe": "./mine.py"}, "names the recipe './mine.py', which is none of ours"),
     ({"recipe": "fd"}, "cannot set|unknown setting"),
@@ -521,7 +524,7 @@ def test_a_record_is_not_trusted(
         zeroshot.evaluate(task, **{**OPTIONS, **given})
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipes_model_is_loaded_whole(name: str, tmp_path: Path) -> None:
     """Its weights are compared without memory first."""

@@ -23,7 +23,7 @@ from tests.student.exporting.readers import BAD, GOOD, READERS, export, images, 
 from tests.teacher_reference import photographs
 
 
-@pytest.mark.slow_after(6)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("name", "form"), GOOD)
 def test_the_library_gives_the_runs_features(name: str, form: str, tmp_path: Path) -> None:
     ran = fx.good(export(run_of(name), form, tmp_path / "out", "--json"))
@@ -48,6 +48,7 @@ def test_classes_of_ones_own_recipe_are_no_head(tmp_path: Path) -> None:
     assert config["architectures"] == ["ViTModel"]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("name", "form", "why"), BAD)
 def test_what_a_format_cannot_express_is_named(
     name: str, form: str, why: str, tmp_path: Path

@@ -132,7 +132,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.slow_after(10)
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("form", exporting.names())
 @pytest.mark.parametrize(("family", "size"), BUILT)
 def test_every_format_says_of_every_size_whether_it_takes_it(
@@ -232,6 +232,7 @@ def test_a_detectors_backbone_has_no_head_and_no_class_token() -> None:
     assert shapes(found) == expected(VITDET_TOP, MAE_BLOCK, "backbone.net.blocks", 192, 12)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("name", "options", "why"),
     [

@@ -37,6 +37,7 @@ def network(encoder: str, family: str, px: int, **head: Any) -> Exported:
     return Exported(Path("no-run"), net, settings, {"recipe": "finetune"}, 1, False)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 @pytest.mark.parametrize("name", TEACHERS)
 def test_timm_reads_every_teacher_with_a_head(name: str, pool: str, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tests.student.exporting.readers import READERS, export, images, run_of
 from tests.student.exporting.test_networks import TEACHERS, network
 
 
+@pytest.mark.slow
 def test_the_file_takes_any_number_of_pictures(tmp_path: Path) -> None:
     fx.good(export(run_of("mae tuned"), "onnx", tmp_path / "out"))
     session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx")
@@ -38,6 +39,7 @@ def test_the_file_takes_any_number_of_pictures(tmp_path: Path) -> None:
         assert (len(tokens), len(logits)) == (number, number)
 
 
+@pytest.mark.slow
 def test_the_file_holds_no_trace_of_where_it_was_made(tmp_path: Path) -> None:
     fx.good(export(run_of("fd"), "onnx", tmp_path / "out"))
     content = (tmp_path / "out/model.onnx").read_bytes()
@@ -51,7 +53,7 @@ def test_the_file_holds_no_trace_of_where_it_was_made(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEACHERS)
 def test_networks_of_every_kind(name: str, tmp_path: Path) -> None:
     head = {"classes": 4, "pool": "mean", "rel_pos": False, "drop_path": 0.1}
@@ -69,6 +71,7 @@ def test_networks_of_every_kind(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_too_many_weights_for_one_file_lie_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +106,7 @@ def _changed(change: Any) -> Any:
     return SimpleNamespace(**{**vars(onnx_format), "write": write})
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_off_by_a_hundredth_is_noticed(tmp_path: Path) -> None:
     def change(model: Any) -> None:
         (weight,) = (x for x in model.graph.initializer if x.name.endswith("patch_embed.proj.bias"))
@@ -114,6 +118,7 @@ def test_a_weight_that_is_off_by_a_hundredth_is_noticed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_file_for_one_number_of_pictures_is_refused(tmp_path: Path) -> None:
     def change(model: Any) -> None:
         model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -134,6 +139,7 @@ def test_without_a_package(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_cards_python_runs_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fx.good(export(run_of("mae tuned"), "onnx", tmp_path / "DIR"))
     card = (tmp_path / "DIR/README.md").read_text()

@@ -35,6 +35,7 @@ def pushed(out: Path, *options: Any) -> fx.Ran:
     return export(run_of("mae"), "timm", out, *options)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("public", [False, True])
 def test_the_folder_is_in_the_repository(hub: Hub, public: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -56,6 +57,7 @@ def test_the_owner_of_a_bare_name_is_the_tokens(hub: Hub, tmp_path: Path) -> Non
     assert ran.json["pushed"] == f"{hub.url}/me/model"
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("status", "where", "why"),
     [

@@ -49,6 +49,7 @@ def test_the_table_has_every_format() -> None:
     assert len(rows) == len(ROWS)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("begin", ROWS)
 def test_the_table_says_what_the_code_allows(begin: str) -> None:
     formats, rows = _table()

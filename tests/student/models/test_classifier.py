@@ -94,6 +94,7 @@ def test_conv_classifier_is_the_plain_computation(pool: str, conv_cls: bool) -> 
     torch.testing.assert_close(logits(made, images), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("family", ["mae", "cae", "beit"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_pool_norm_and_head_by_hand(family: str, pool: str) -> None:
@@ -161,6 +162,7 @@ def test_the_head_is_cut_at_two_before_it_is_scaled() -> None:
 # --- positions ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("family", "prefix"), [("mae", 1), ("cae", 1), ("conv_vit", 0)])
 @pytest.mark.parametrize(("size", "grid"), [(32, 4), (48, 6), (24, 3)])
 def test_absolute_positions_are_resized_as_timm_does(
@@ -237,6 +239,7 @@ def test_tables_that_were_not_pretrained_begin_at_zero(size: int) -> None:
         assert torch.equal(block.attn.relative_position_bias_table, torch.zeros(rows, HEADS))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("family", ["mae", "cae", "conv_vit"])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("size", [32, 48])

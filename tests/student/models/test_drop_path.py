@@ -123,6 +123,7 @@ def test_encoders_have_no_drop_path_of_timms_own() -> None:
         assert max(rates) == pytest.approx(0.2)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", sorted(TINY_SETTINGS))
 def test_a_recipe_is_a_function_of_weights_and_batch(name: str) -> None:
     """Torch's generator has no say, each sample's draws are its own, and blocks that are computed

@@ -80,6 +80,7 @@ def test_a_timm_teacher_is_named_and_built_again(spec: str, text: str) -> None:
         torch.testing.assert_close(net(images), net.head(pooled), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_registered_clip_is_vit_b16() -> None:
     teacher = teachers.load("clip-b16", "random:0")
     _, text = timm_network.of_teacher(teacher, "clip-b16")
@@ -95,6 +96,7 @@ def test_a_teacher_of_ones_own_is_refused() -> None:
         timm_network.of_teacher(teacher, "synthetic")
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("encoder", "told"),
     [

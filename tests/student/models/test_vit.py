@@ -243,6 +243,7 @@ def test_names_load_strictly_into_timm(encoder: str, count: int) -> None:
     assert sum(x.numel() for x in model.parameters()) == count
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [

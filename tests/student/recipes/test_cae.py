@@ -207,6 +207,7 @@ def test_first_losses() -> None:
     assert first_losses("cae") == pytest.approx(reference_losses("cae", reference), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_sizes() -> None:
     """Worked out by hand, parts as in CAE v2's test.
 
@@ -224,6 +225,7 @@ def test_sizes() -> None:
     assert parameters("cae", "decoder_depth=0")[0] == without
 
 
+@pytest.mark.slow
 def test_cost() -> None:
     """55.0 GMAC: three times the forward pass without the alignment, whose 8.6 have no backward
     pass; within 2 %."""

@@ -114,7 +114,7 @@ def test_first_losses_of_other_targets(target: str) -> None:
     assert first_losses("cae", more=given) == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["f", "pixels"])
 def test_other_targets_train_from_a_cache_without_tokens(target: str, tmp_path: Path) -> None:
     """As with the teacher in the loop; pixels need no cache at all."""
@@ -140,6 +140,7 @@ def test_other_targets_train_from_a_cache_without_tokens(target: str, tmp_path: 
     assert target == "pixels" or "--teacher clip-b16 --levels last:1 --scale 0.08,1" in ran.line
 
 
+@pytest.mark.slow
 def test_sizes_with_other_targets() -> None:
     """In place of 768 * 8,192 + 8,192 = 6,299,648 of the tokens' Linear: 768 * 512 + 512 = 393,728
     of CLIP-B/16's output; 768 * 768 + 768 = 590,592 of CLIP-L/14's, and of 16 x 16 x 3 colours."""

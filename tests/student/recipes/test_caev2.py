@@ -187,6 +187,7 @@ def test_first_losses() -> None:
     assert first_losses("caev2") == pytest.approx(reference_losses("caev2", reference), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_sizes() -> None:
     """Worked out by hand. A block of the encoder: norms 4 D, q and v bias 2 D, qkv 3 D^2, proj D^2
     + D, MLP 8 D^2 + 5 D, LayerScale 2 D: 12 D^2 + 14 D. Stem: kernel 768 D + D, CLS D, positions

@@ -103,6 +103,7 @@ def test_every_recipe_has_its_losses() -> None:
     assert sorted(GOLDEN["losses"]) == recipes.names()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_first_losses(recipe: str, tmp_path: Path) -> None:
     expected = GOLDEN["losses"][recipe]

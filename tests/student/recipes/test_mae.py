@@ -67,6 +67,7 @@ def test_first_losses() -> None:
     )
 
 
+@pytest.mark.slow
 def test_size_of_the_base_model() -> None:
     """Worked out by hand; the encoder as in MaskAlign's test.
 

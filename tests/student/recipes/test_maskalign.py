@@ -216,6 +216,7 @@ def test_hidden_targets_do_not_count() -> None:
     assert not torch.equal(model(batch)["loss"], loss)
 
 
+@pytest.mark.slow
 def test_size_of_the_base_model() -> None:
     """Worked out by hand.
 
@@ -237,6 +238,7 @@ def test_size_of_the_base_model() -> None:
     assert sum(x.numel() for x in trained(model).values()) == 88_751_676 - 151_296 - 1_536
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("settings", "total"),
     [
@@ -301,6 +303,7 @@ def test_switches_are_checked_at_once(settings: tuple[str, ...], message: str) -
         config.from_overrides(maskalign.Config, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["alignment=layer_wise", "mix_start=identity"])
 def test_what_pairs_blocks_wants_equal_depths(setting: str) -> None:
     given = config.from_overrides(

@@ -267,6 +267,7 @@ def test_sizes() -> None:
     assert parameters("milan", "encoder=large")[0] == 303_301_632 + 26_240_256
 
 
+@pytest.mark.slow
 def test_cost() -> None:
     """25.6 GMAC forward and backward (three times the forward pass) within 2 %; the decoder is 21 %
     below MAE's."""

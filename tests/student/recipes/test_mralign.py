@@ -48,6 +48,7 @@ def test_first_losses() -> None:
     )
 
 
+@pytest.mark.slow
 def test_size_of_the_base_model() -> None:
     """Encoder 85,798,656 + head 2,953,020 (MaskAlign's test) + decoder 26,109,184 (MAE's test); all
     but positions."""

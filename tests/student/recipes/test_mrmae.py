@@ -163,6 +163,7 @@ CASES: list[tuple[list[str], tuple[int, ...]]] = [
 ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("settings", "blocks"), CASES)
 def test_loss_and_gradients_equal_the_second_implementation(
     settings: list[str], blocks: tuple[int, ...]
@@ -311,6 +312,7 @@ def test_weight_decay_of_masked_convolutions() -> None:
 # --- size, cost, settings -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sizes() -> None:
     """Worked out by hand: MAE's model, 111,907,840 (its test), and the head, 768 * 768 + 768 =
     590,592.
@@ -395,6 +397,7 @@ def test_settings_and_needs() -> None:
     )
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("encoder", "family", "fuse", "blocks"),
     [

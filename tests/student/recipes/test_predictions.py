@@ -71,6 +71,7 @@ CASES = [  # recipe, settings, [(name, tokens, part of the loss, its formula)]
 ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("recipe", "settings", "wanted"), CASES)
 def test_a_part_of_the_loss_is_that_of_its_pair(
     recipe: str, settings: tuple[str, ...], wanted: list[tuple[str, int, str, Part]]

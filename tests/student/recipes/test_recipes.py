@@ -244,6 +244,7 @@ def test_loss_has_a_gradient_in_every_trained_parameter(name: str) -> None:
     assert [part for part, parameter in trained(model).items() if parameter.grad is None] == []
 
 
+@pytest.mark.slow_after(2)
 @each
 def test_encoder_loads_strictly_into_timm(name: str) -> None:
     model, _ = tiny_model(name)
@@ -282,6 +283,7 @@ def test_any_order_of_ids_keep_gives_the_same_loss(name: str) -> None:
     torch.testing.assert_close(model(shuffled)["loss"], model(batch)["loss"])
 
 
+@pytest.mark.slow_after(2)
 @each
 def test_bf16_autocast_computes_the_loss_in_float32(name: str) -> None:
     model, _ = tiny_model(name)
@@ -297,6 +299,7 @@ def test_bf16_autocast_computes_the_loss_in_float32(name: str) -> None:
     assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in trained(model).values())
 
 
+@pytest.mark.slow_after(2)
 @each
 def test_drop_path_draws_from_the_global_generator(name: str) -> None:
     model, _ = tiny_model(name, "drop_path=0.5")

@@ -23,6 +23,7 @@ from tests import student_fixtures as fx
 STEPS = ("--steps", "12", "--batch-size", "12", "--precision", "fp32")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
 def test_trains_from_a_cache(recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -42,6 +43,7 @@ def test_trains_from_a_cache(recipe: str, tmp_path: Path) -> None:
 CONV = ("family=conv_vit", "encoder=tiny,stage1=16,stage2=24,embed_dim=48,depth=2,num_heads=3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls_token", [False, True])
 def test_masked_convolutions_train_from_a_cache(cls_token: bool, tmp_path: Path) -> None:
     """And their encoder is taken home: 16 patches, and CLS where it was asked for."""

@@ -88,6 +88,7 @@ def test_equal_runs_differ_in_nothing(folder: Path, base: Path) -> None:
     ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("thing", TRAINED)
 def test_what_must_be_the_same_is_named_alone(thing: str, folder: Path, base: Path) -> None:
     options, expected = TRAINED[thing]
@@ -101,6 +102,7 @@ def test_what_must_be_the_same_is_named_alone(thing: str, folder: Path, base: Pa
     assert found["settings"] == {}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("thing", ALLOWED)
 def test_what_changes_rounding_alone_is_told(thing: str, folder: Path, base: Path) -> None:
     options, expected = ALLOWED[thing]
@@ -130,6 +132,7 @@ def test_the_settings_of_another_recipe_are_told_as_missing(folder: Path, base: 
     assert found["settings"]["decoder_depth"] == [1, None]
 
 
+@pytest.mark.slow
 def test_fine_tuned_runs_may_differ_in_what_they_began_from(tmp_path: Path) -> None:
     """Settings that the result repeats are those of the run, and no other evaluation."""
     runs = [tmp_path / "one", tmp_path / "two"]

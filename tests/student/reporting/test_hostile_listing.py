@@ -53,6 +53,7 @@ def test_runs_that_nobody_harmed_are_compared(world: Path) -> None:
     assert (ran.status, "no setting differs" in ran.out) == (0, True)
 
 
+@pytest.mark.slow_after(1)
 @EXAMPLES
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "results.jsonl"])
 def test_objects(name: str, examples: int, world: Path) -> None:
@@ -61,6 +62,7 @@ def test_objects(name: str, examples: int, world: Path) -> None:
     hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
+@pytest.mark.slow_after(1)
 @EXAMPLES
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "results.jsonl"])
 def test_bytes(name: str, examples: int, world: Path) -> None:

@@ -171,6 +171,7 @@ def test_the_time_of_steps_is_added_up(tmp_path: Path) -> None:
     assert found.waited_s == pytest.approx(0.5 * 0.1 + 0.1 * 0.05)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

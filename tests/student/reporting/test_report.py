@@ -58,7 +58,7 @@ def options(*given: Any) -> tuple[Any, ...]:
     return tuple(each() if callable(each) else each for each in given)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1400])
 def test_two_runs_in_a_browser(width: int, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
@@ -78,6 +78,7 @@ def test_two_runs_in_a_browser(width: int, runs: Path, tmp_path: Path) -> None:
     assert "48.00 to 74.00" in page.text
 
 
+@pytest.mark.slow
 def test_a_page_is_the_same_each_time_and_holds_no_script(runs: Path, tmp_path: Path) -> None:
     for name in ("a.html", "b.html"):
         make(runs, "maskalign", out=tmp_path / name, more=options(*SHOWN))
@@ -128,6 +129,7 @@ def test_a_cache_without_pixels_gives_the_teacher_alone(runs: Path, tmp_path: Pa
     assert len(page.images) == 2 + 1 + 5
 
 
+@pytest.mark.slow
 def test_a_kept_cache_hatches_what_it_has_not(runs: Path, tmp_path: Path) -> None:
     more = ("--cache", fx.kept_path(), "--images", fx.pictures(), "--count", "1")
     facts = make(runs, "mralign", out=tmp_path / "page.html", more=more)
@@ -154,6 +156,7 @@ def test_the_cache_of_a_run_is_found_by_its_id(runs: Path, tmp_path: Path) -> No
 # --- curves ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_many_rows_make_a_small_page(count: int, runs: Path, tmp_path: Path) -> None:
     names = ("align", "pixel", *(f"level_{level}" for level in range(8, 13)))
@@ -278,6 +281,7 @@ def test_a_damaged_checkpoint_costs_the_pictures_alone(runs: Path, tmp_path: Pat
     assert any("cannot be read" in what for what in facts["missing"])
 
 
+@pytest.mark.slow
 def test_features_that_are_not_finite_are_told(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "huge"
     shutil.copytree(runs / "mralign", run)
@@ -324,6 +328,7 @@ def test_a_damaged_run_is_one_line(spoil: Any, why: str, runs: Path, tmp_path: P
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(runs: Path, tmp_path: Path) -> None:
     page = Path(__file__).parents[3] / "docs/seeing.md"
     lines = re.findall(r"^    student (report .*)$", page.read_text(), re.M)

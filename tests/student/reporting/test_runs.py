@@ -66,6 +66,7 @@ def test_a_trained_run(tmp_path: Path) -> None:
     assert facts["bytes"] == sum(path.stat().st_size for path in files)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_says_what_it_began_from(tmp_path: Path) -> None:
     fx.good(ft.finetune("mae", tmp_path / "tuned"))
     (facts,) = listed(tmp_path)

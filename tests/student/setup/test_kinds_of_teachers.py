@@ -44,6 +44,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make(kind, folder / str(i)) for i, kind in enumerate(TRIED)}
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", TRIED)
 def test_a_cache_is_made_verified_and_trained_from(
     kind: str, caches: dict[str, Path], tmp_path: Path
@@ -74,6 +75,7 @@ def test_a_cache_gives_the_teachers_output(kind: str, caches: dict[str, Path]) -
     np.testing.assert_allclose(f, y / root * tail["rms_gamma"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", TRIED)
 def test_the_teacher_in_the_loop_gives_the_same_losses(
     kind: str, caches: dict[str, Path], tmp_path: Path
@@ -131,6 +133,7 @@ def test_without_attention_the_order_is_uniform_and_nothing_else_is_stored(
             assert "attention" in cache.fields
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("options", [("--tokens", "ranked", "--keep", "5"), ("--codec", "q8")])
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
 def test_without_attention_other_layouts_work_too(

@@ -42,6 +42,7 @@ def remedy_of(cache: Cache) -> str:
     return extract_remedy(fd.needs(config), config, cache)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", ["parent", "a b", "a'b", "$(x)`x`\"'", "-x"])
 def test_a_parent_that_serves_is_named_for_a_shell(derived: Cache, name: str) -> None:
     parent = derived.path.parent / "home/parent"

@@ -275,6 +275,7 @@ def test_a_wide_cache_trains_a_recipe_of_narrower_crops(tmp_path: Path) -> None:
     assert fx.losses(tmp_path / "a") != fx.losses(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_every_recipe_of_other_crops_is_served_by_one_wide_cache(tmp_path: Path) -> None:
     """(0.2, 1), (0.4, 1) and (0.08, 1) from the same cache; caev2 without its jitter, which is
     told."""

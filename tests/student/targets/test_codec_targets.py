@@ -166,7 +166,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("recipe", "sets"), RUNS, ids=str)
 def test_the_teacher_online_gives_what_the_cache_does(
     recipe: str, sets: tuple[str, ...], tmp_path: Path
@@ -232,6 +232,7 @@ def test_what_is_absent_is_computed_as_it_was_stored(
     assert fx.same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_from_memory_the_same_losses(layout: str, tmp_path: Path) -> None:
     sets = () if layout == "raster" else ("mask=stored",)
@@ -241,6 +242,7 @@ def test_from_memory_the_same_losses(layout: str, tmp_path: Path) -> None:
     assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_ranked_and_raster_caches_train_alike(tmp_path: Path) -> None:
     """The means are summed in another order of the tokens, and exact all the same."""
     given = ("--images", fx.pictures(), *STEPS)
@@ -254,7 +256,7 @@ def test_ranked_and_raster_caches_train_alike(tmp_path: Path) -> None:
 # --- two teachers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("own", "second"), [("t4", "q8"), ("fp16", "t3"), ("t3", "fp16")])
 def test_two_teachers_in_two_codecs(own: str, second: str, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(cache_path(own), tmp_path / "cache"))
@@ -353,6 +355,7 @@ def batches(data: Dataset, **options: Any) -> list[dict[str, Any]]:
     return list(DataLoader(data, batch_size=6, **options))
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "workers",

@@ -125,6 +125,7 @@ def test_a_whole_cache_has_nothing_absent(whole: Path) -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("recipe", "sets", "options"),
     [
@@ -169,6 +170,7 @@ def test_each_use_is_counted(whole: Path, tmp_path: Path) -> None:
     assert (sum(counts[:3]), sum(counts[3:]), ran.json["fallback"]) == (5, 5, 10)
 
 
+@pytest.mark.slow
 def test_in_two_processes(whole: Path, tmp_path: Path) -> None:
     part = without(whole, tmp_path / "part", "000001", "000004")
     given = ("--images", fx.pictures(), "--steps", "6", "--batch-size", "4")
@@ -187,6 +189,7 @@ def test_in_two_processes(whole: Path, tmp_path: Path) -> None:
     assert sum(row["fallback"] for row in metrics.read(tmp_path / "b")) == 2 * 9
 
 
+@pytest.mark.slow
 def test_ranked_tokens_and_stored_pixels(whole: Path, tmp_path: Path) -> None:
     """Of ranked tokens the first are read, and online all are made; pixels are decoded for all."""
     stored = ("--rows-per-shard", "5", "--tokens", "ranked", "--pixels", "raw")
@@ -199,6 +202,7 @@ def test_ranked_tokens_and_stored_pixels(whole: Path, tmp_path: Path) -> None:
     assert fx.losses(tmp_path / "a") == fx.losses(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_resumed_when_the_cache_is_whole_again(whole: Path, tmp_path: Path) -> None:
     part = without(whole, tmp_path / "part", "000001")
     given = ("--images", fx.pictures(), "--batch-size", "8", "--save-every", "3")
@@ -342,6 +346,7 @@ def test_token_ids_are_not_made(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("record", ["there", "lost"])
 def test_pictures_in_quarantine_stay_there(record: str, tmp_path: Path) -> None:
     """p07 cannot be read, and lies in the shard that goes; its record tells, or quarantine.json.
@@ -391,6 +396,7 @@ def added_views(whole: Path, there: Path) -> Path:
     return there
 
 
+@pytest.mark.slow
 def test_a_lost_record_of_an_added_part_is_absent_too(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ def both_ways(recipe: str, tmp_path: Path, cache: Path, sets: tuple[str, ...]) -
     )
 
 
+@pytest.mark.slow
 def test_cae_trains_with_its_tokenizer_in_the_loop(tmp_path: Path) -> None:
     """To the bit, since ids are; the cache's own teacher is not run. The record and what is said
     name the tokenizer."""
@@ -177,6 +178,7 @@ def test_cae_trains_with_its_tokenizer_in_the_loop(tmp_path: Path) -> None:
     assert f'"others": {{"{reds()}/token_ids": {{"teacher": "{reds()}", "weight_hash": "' in about
 
 
+@pytest.mark.slow
 def test_cae_trains_without_any_cache(tmp_path: Path) -> None:
     """The grid is the tokenizer's, and so are the weights that are named for it."""
     options = ("--images", fx.pictures(), *STEPS, "--teacher", "online", "--policy")
@@ -196,6 +198,7 @@ def test_cae_trains_without_any_cache(tmp_path: Path) -> None:
     assert np.isfinite(fx.losses(run)).all()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("path", [second.both_path, second.ranked_path])
 def test_mrmae_trains_with_two_teachers_in_the_loop(path: Any, tmp_path: Path) -> None:
     both_ways("mrmae", tmp_path, path(), second.JOINT)

@@ -129,6 +129,7 @@ def test_a_teachers_own_eps() -> None:
         np.testing.assert_allclose(got["second"].numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("path", [both_path, ranked_path])
 def test_two_teachers_train_with_a_head_each(path: object, tmp_path: Path) -> None:
     """Depth and width of the second teacher are facts of the cache."""

@@ -151,6 +151,7 @@ def test_the_page_cache_is_gone_round(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (ran.status, ran.line) == (1, "error: this file cannot be read")
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "options", [("--steps", "0"), ("--steps", "1"), ("--checkpoint-activations",)]
 )

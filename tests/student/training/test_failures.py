@@ -66,6 +66,7 @@ def of_python() -> None:
     raise MemoryError
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("fails", "told"),
     [
@@ -157,6 +158,7 @@ def test_another_runtime_error_keeps_its_traceback(
         train(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_one_process_of_two_runs_out_of_memory(tmp_path: Path) -> None:
     """It says so, and the other one does not wait for it for ever: the launcher ends it, here the
     lost connection."""
@@ -225,6 +227,7 @@ def test_the_cache_is_deleted_under_the_run(
     assert_undisturbed(run, tmp_path / "whole")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_a_row_that_cannot_be_read(
     number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

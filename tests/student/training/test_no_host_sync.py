@@ -147,7 +147,7 @@ MORE: list[tuple[str, tuple[str, ...], tuple[Any, ...]]] = [
 ]
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "sets", "options"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
@@ -196,6 +196,7 @@ def test_steps_that_may_be_left_out_are_asked_for(tmp_path: Path) -> None:
     assert asked == ["_local_scalar_dense"] * (STEPS - 2)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("more", [(), ONLINE])
 def test_two_teachers(more: tuple[str, ...], tmp_path: Path) -> None:
     options = ("--cache", second.both_path(), *more)
@@ -203,6 +204,7 @@ def test_two_teachers(more: tuple[str, ...], tmp_path: Path) -> None:
     assert_nothing_is_waited_for(ran)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_in_the_loop(tmp_path: Path) -> None:
     options = ("--cache", others.folder() / "cache", *ONLINE)
     sets = (f"token_field={others.reds()}/token_ids", "vocabulary=64")
@@ -212,6 +214,7 @@ def test_a_tokenizer_in_the_loop(tmp_path: Path) -> None:
     assert same_numbers(ran, tmp_path / "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["attentive", "stored", "uniform"])
 def test_absent_shards(mask: str, tmp_path: Path) -> None:
     """Some of each batch come from the teacher in the loop, which runs beside the step."""
@@ -226,6 +229,7 @@ def test_absent_shards(mask: str, tmp_path: Path) -> None:
     assert same_numbers(ran, tmp_path / "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["attentive", "topk"])
 def test_bad_attention_is_told_some_steps_later(
     mask: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -215,6 +215,7 @@ def test_other_files_are_one_line(content: str, tmp_path: Path) -> None:
     assert str(path) in ran.line
 
 
+@pytest.mark.slow
 def test_two_processes_the_one_that_had_it_keeps_it(tmp_path: Path, pictures: Path) -> None:
     """The loss of all is not finite; the micro-batch is that of one, the second of its two."""
     run = tmp_path / "run"
@@ -275,6 +276,7 @@ def test_a_loss_that_is_finite_the_second_time(
 # --- left out -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_some_steps_may_be_left_out(tmp_path: Path, pictures: Path) -> None:
     """Twelve pictures in steps of four: the white one is in one step of each of four epochs."""
     run = tmp_path / "run"

@@ -167,7 +167,7 @@ def assert_same(a: Path, b: Path) -> None:
 # --- nothing of the run changes -------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
 def test_every_recipe_makes_the_same_numbers_with_a_probe(recipe: str, tmp_path: Path) -> None:
     """Drop path at a half, an average of the weights; probes after steps 3, 6 and the last."""
@@ -211,6 +211,7 @@ def test_the_comparison_sees_a_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert without_probe(plain) != without_probe(watched)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("first", ["with", "without"])
 def test_interrupted_and_resumed_with_a_probe_or_without(
     first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +228,7 @@ def test_interrupted_and_resumed_with_a_probe_or_without(
     assert list(probed(tmp_path / "cut")) == ([3] if first == "with" else [6, 9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", [HALVES, (*HALVES, "target_norm=bn")])
 def test_two_processes_make_the_same_numbers(sets: tuple[str, ...], tmp_path: Path) -> None:
     """The first probes, the other waits; with target_norm=bn targets of a step are a collective."""
@@ -314,6 +316,7 @@ def still(tmp_path: Path, name: str, *options: Any, recipe: str = "maskalign") -
     return values
 
 
+@pytest.mark.slow
 def test_any_way_to_the_teacher_gives_the_same_alignment(tmp_path: Path) -> None:
     """From the cache, with the teacher in the loop, and from a cache in a lossy codec: the targets
     are the teacher's own."""
@@ -329,6 +332,7 @@ def test_any_way_to_the_teacher_gives_the_same_alignment(tmp_path: Path) -> None
     assert {name for name in cached if name.startswith("cosine_")}
 
 
+@pytest.mark.slow
 def test_the_teacher_of_absent_shards_is_that_of_the_probe(tmp_path: Path) -> None:
     """--fallback online: the same cosines, and the same losses as without a probe."""
     cache = fx.extract(fx.pictures(), tmp_path / "cache", "--rows-per-shard", "5")

@@ -80,6 +80,7 @@ def test_without_decay_the_groups_are_the_same() -> None:
     assert [group["weight_decay"] for group in none] == [0.0, 0.0]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("decay_tokens", [False, True])
 @pytest.mark.parametrize("name", recipes.names())
 def test_groups_of_every_recipe(name: str, decay_tokens: bool) -> None:

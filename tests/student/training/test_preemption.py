@@ -72,7 +72,7 @@ def lines(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_stopped_it_saves_says_how_to_go_on_and_goes_on_bit_equal(
     whole: Path, tmp_path: Path, number: signal.Signals
@@ -297,6 +297,7 @@ def test_a_stopped_run_is_among_a_caches_runs_and_a_resume_without_work_is_not(
 # ---------------------------------------------------------- while a program is still being imported
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("slow", ["click", "torch"])
 @pytest.mark.parametrize("program", ["student", "featcache"])

@@ -169,6 +169,7 @@ def test_step_seed_literals() -> None:
 # --- what fails before the first step -------------------------------------------------------------
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "wrong", ["encoder=tny", "encoder=tiny,dept=3", "encoder=resnet50", "encoder=tiny,num_heads=5"]
 )
@@ -401,6 +402,7 @@ def test_it_stops_too_when_losses_arrive_late(
     assert all(value.isfinite().all() for value in fx.weights(tmp_path / "run").values())
 
 
+@pytest.mark.slow
 def test_files_are_closed_when_it_stops(tmp_path: Path) -> None:
     gc.collect()
     with warnings.catch_warnings(record=True) as caught:
@@ -442,6 +444,7 @@ def test_a_device_that_is_not_here(tmp_path: Path) -> None:
 # --- damaged caches -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_of_a_small_cache_stops_it_before_the_first_step(
     tmp_path: Path,
 ) -> None:
@@ -581,6 +584,7 @@ def test_ways_of_reading_without_anything_to_read(option: tuple[str, ...], tmp_p
 # --- what a resumed run must agree with -----------------------------------------------------------
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("change", "told"),
     [

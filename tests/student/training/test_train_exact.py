@@ -58,6 +58,7 @@ def seen(place: Path, world: int) -> dict[int, list[str]]:
 # --- processes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mralign", pytest.param("maskalign", marks=pytest.mark.slow)])
 def test_one_process_with_batch_16_equals_two_with_batch_8(recipe: str, tmp_path: Path) -> None:
     """The same losses to 1e-5 at step 1 and 1e-4 over 20 steps, drop path on, and the same pictures
@@ -81,6 +82,7 @@ def test_one_process_with_batch_16_equals_two_with_batch_8(recipe: str, tmp_path
     assert all(len(keys) == 16 for keys in second.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mralign", pytest.param("maskalign", marks=pytest.mark.slow)])
 def test_micro_batches_are_one_batch(recipe: str, tmp_path: Path) -> None:
     """Two of 8 are one of 16 with drop path on, in one process and in two with two of 4 each."""
@@ -138,6 +140,7 @@ def test_every_way_of_training_is_the_same_in_two_processes(
     np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mralign", pytest.param("maskalign", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("given", [(), ("--batch-size", 16)])
 def test_a_run_goes_on_with_another_number_of_processes(
@@ -179,6 +182,7 @@ def test_another_global_batch_is_another_run(tmp_path: Path) -> None:
     assert "takes 8 pictures, which 1 process x --accumulate 3 cannot share evenly" in ran.line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["cached", "online"])
 def test_statistics_of_the_batch_are_those_of_all_its_parts(way: str, tmp_path: Path) -> None:
     """target_norm=bn: one process with batch 16, two with 8, and from a cache one that adds up four
@@ -233,6 +237,7 @@ def test_statistics_of_the_batch_online_want_it_in_one_piece(tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "batch", "accumulate"),
     [
@@ -292,7 +297,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.slow_after(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["told", "died"])
 @pytest.mark.parametrize("step", range(12))
 def test_interrupted_at_every_step_and_resumed(
@@ -347,6 +352,7 @@ def same_averages(a: Path, b: Path) -> bool:
     return one.keys() == two.keys() and all(bool((one[name] == two[name]).all()) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_two_processes_with_accumulation_interrupted_and_resumed(step: int, tmp_path: Path) -> None:
     """Both die in a step; drop path on, two micro-batches each."""

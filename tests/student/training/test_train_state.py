@@ -55,6 +55,7 @@ def test_an_average_changes_no_number_of_the_run(tmp_path: Path) -> None:
     assert_undisturbed(run_of(tmp_path / "with", "--ema", "0.9"), run_of(tmp_path / "without"))
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_where_it_is_asked_for(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", "--ema", "0.5")
     plain, average = (checkpoint.load_encoder(run, ema)[0].state_dict() for ema in (False, True))
@@ -101,7 +102,7 @@ def test_decays_that_are_none(given: str, tmp_path: Path) -> None:
 # --- activation checkpointing ---------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
 def test_checkpointed_blocks_give_the_same_run_to_the_bit(recipe: str, tmp_path: Path) -> None:
     """Every recipe, drop path drawn alike in the second forward."""
@@ -183,6 +184,7 @@ def test_masked_convolutions_are_checkpointed_too() -> None:
 # --- attention ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("recipe", sorted(fx.RECIPES))
 def test_attention_is_torchs_fused_one(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

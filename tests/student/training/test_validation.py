@@ -164,6 +164,7 @@ def test_no_picture_at_all_is_a_line(tmp_path: Path) -> None:
 # --- in a run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_with_unequal_shares(tmp_path: Path) -> None:
     """The second has no picture at all, and the network has buffers that DDP would exchange before
     the first; the result tells what was left out."""
@@ -181,6 +182,7 @@ def test_two_processes_with_unequal_shares(tmp_path: Path) -> None:
     np.testing.assert_allclose(*([row["loss"] for row in rows] for rows in (one, two)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_leave_no_trace_in_the_run(tmp_path: Path) -> None:
     """Losses and weights are those of a run that is scored at its end alone, drop path on."""
     for every in (1, 100):
