@@ -190,8 +190,8 @@ class Ran:
 
     @property
     def error(self) -> str:
-        """The one line on stderr that begins with `error:`."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error:")]
+        """The one line on stderr that begins with `error:`, or says that it was stopped."""
+        lines = [each for each in self.err.splitlines() if each.startswith(("error:", "stopped"))]
         assert len(lines) == 1, self.err
         return lines[0]
 

@@ -166,10 +166,11 @@ class Slow(Synthetic):
     def forward(
         self, batch: torch.Tensor, levels: tuple[int, ...]
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        threading.Event().wait(0.1)
+        threading.Event().wait(0.3)
         return super().forward(batch, levels)
 
 
+@pytest.mark.slow
 def test_the_slowest_stage_is_named(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +190,7 @@ def test_the_slowest_stage_is_named(
 
     def rest(original: Any) -> Any:
         def rested(*args: Any, **options: Any) -> Any:
-            threading.Event().wait(0.1)
+            threading.Event().wait(0.3)
             return original(*args, **options)
 
         return rested
