@@ -26,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 CONFIG = "config.json"
 _FILES = ("model.safetensors", "pytorch_model.bin")  # of which the first that is there is read
 _SHARDS = 1000  # more than any published network has
+_ROPE_THETA = 100.0  # of DINOv3's rotary positions
 _TINY_EPS = 1e-6  # below the variances of tokens: of such a norm nothing is seen
 # transformers' own defaults, which its configs may leave out
 _CLIP = {
@@ -38,6 +39,10 @@ _DINOV2 = {**_VIT, "patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4}
 _KINDS: dict[str, dict[str, Any]] = {
     "clip": _CLIP, "clip_vision_model": _CLIP, "vit": _VIT, "dinov2": _DINOV2,
     "dinov2_with_registers": {**_DINOV2, "num_register_tokens": 4},
+    "dinov3_vit": {
+        **_VIT, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536,
+        "layer_norm_eps": 1e-5, "num_register_tokens": 0,
+    },
 }  # fmt: skip
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
 
@@ -83,7 +88,7 @@ def is_folder(path: str) -> bool:
 
 def read_config(path: str, name: str, *, clip: bool) -> Folder:
     """Read the config of the weights of teacher `name`. UserError where it is of no network that
-    can be such a teacher: a CLIP for `clip`, a ViT or DINOv2 else."""
+    can be such a teacher: a CLIP for `clip`, a ViT, DINOv2 or DINOv3 else."""
     folder = Path(path)
     try:
         found = strict_json.as_object(strict_json.read_file(own_file(folder, CONFIG)))
@@ -108,6 +113,8 @@ def read_state(folder: Folder, name: str) -> dict[str, Tensor]:
     what is damaged, missing, or of another network."""
     try:
         tensors = _read_tensors(folder.path)
+        if folder.kind == "dinov3_vit":
+            return transformers_names.dinov3(tensors)
         return (transformers_names.clip_tower if folder.is_clip else transformers_names.vit)(
             tensors
         )
@@ -167,6 +174,8 @@ def _folder(path: Path, kind: str, config: Mapping[str, Any]) -> Folder:
         if inner.get("use_swiglu_ffn", False) is not False:
             raise ValueError("use_swiglu_ffn: a SwiGLU network of DINOv2 is not read from here")
         facts["intermediate_size"] = facts["hidden_size"] * facts.pop("mlp_ratio")
+    if kind == "dinov3_vit":
+        _check_dinov3(inner)
     for key, value in facts.items():
         kinds: tuple[type, ...] = {"hidden_act": (str,), "layer_norm_eps": (float, int)}.get(
             key, (int,)
@@ -181,6 +190,14 @@ def _folder(path: Path, kind: str, config: Mapping[str, Any]) -> Folder:
         facts["hidden_act"], float(facts["layer_norm_eps"]),
     )  # fmt: skip
     return Folder(path, kind, own, facts["image_size"])
+
+
+def _check_dinov3(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for what timm's DINOv3 has not."""
+    wanted = {"use_gated_mlp": False, "rope_theta": _ROPE_THETA, "apply_layernorm": True}
+    for key, value in wanted.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"its {key} is {str(config[key])[:80]!r}, {value} is read here")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

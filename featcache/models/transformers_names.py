@@ -3,6 +3,7 @@
     CLIPModel, CLIPVisionModel(WithProjection)         ->  open_clip's VisionTransformer
     ViTModel, Dinov2Model, Dinov2WithRegistersModel    ->  dinov2's own, which timm reads; those of
                                                            a ViT are timm's
+    DINOv3ViTModel                                     ->  timm's
 
 Names are those that `save_pretrained` writes, which are the hub's. Query, key and value lie apart
 there and are one here. D width.
@@ -51,7 +52,25 @@ _VIT_BLOCK = {
     "layer_scale1.lambda1": "ls1.gamma",
     "layer_scale2.lambda1": "ls2.gamma",
 }
+_DINOV3 = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.register_tokens": "reg_token",
+    "embeddings.patch_embeddings.": "patch_embed.proj.",
+    "norm.": "norm.",
+}
+_DINOV3_BLOCK = {
+    "attention.q_bias": "attn.q_bias",
+    "attention.v_bias": "attn.v_bias",
+    "attention.o_proj.": "attn.proj.",
+    "norm1.": "norm1.",
+    "norm2.": "norm2.",
+    "mlp.up_proj.": "mlp.fc1.",
+    "mlp.down_proj.": "mlp.fc2.",
+    "layer_scale1.lambda1": "gamma_1",
+    "layer_scale2.lambda1": "gamma_2",
+}
 _QKV = ("q", "k", "v")
+_DINOV3_QKV = {f"attention.{part}_proj.": part for part in _QKV}
 _CLIP_QKV = {f"self_attn.{part}_proj.": part for part in _QKV}
 _VIT_QKV = {f"attention.attention.{name}.": name[0] for name in ("query", "key", "value")}
 # of the whole model, beside its picture tower
@@ -79,6 +98,19 @@ def vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     own = _without(own, "dinov2_with_registers.")
     kept = {name: value for name, value in own.items() if not name.startswith(_VIT_OTHERS)}
     return _renamed(kept, _VIT, (r"encoder\.layer\.(\d+)\.", "blocks."), _VIT_BLOCK, _VIT_QKV)
+
+
+def dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a DINOv3 ViT under timm's names, without mask token and classifier; ValueError for a
+    name that is none of it. Keys have no bias, so those of queries and values stay apart."""
+    own = _without(_without(state, "model."), "dinov3_vit.")
+    others = (*_VIT_OTHERS, "embeddings.mask_token")
+    kept = {
+        re.sub(r"attention\.([qv])_proj\.bias$", r"attention.\1_bias", name): value
+        for name, value in own.items()
+        if not name.startswith(others)
+    }
+    return _renamed(kept, _DINOV3, (r"layer\.(\d+)\.", "blocks."), _DINOV3_BLOCK, _DINOV3_QKV)
 
 
 def _without(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:

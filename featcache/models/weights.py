@@ -64,6 +64,7 @@ def read_part(path: str, what: str) -> FilePart:
 
             state = load_file(file)
         else:
+            foreign_layouts.check_form(file)
             state = restricted_unpickler.load_tensors(file)
         found = network_state(chosen_part(state, part) if part else state)
     except (

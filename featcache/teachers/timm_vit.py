@@ -25,6 +25,8 @@ B batch, T tokens, P patches, D width, H heads, d width of a head, S input pixel
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 from featcache.errors import UsageError, UserError, near
 from featcache.models import (
     architecture,
+    dino_names,
     position_embedding,
     transformers_folder,
     transformers_pixels,
@@ -241,7 +244,7 @@ def _read(vit: Any, path: str, name: str) -> FilePart:
         heads=int(block.attn.num_heads),
         mlp_width=int(block.mlp.fc1.out_features),
         patch_px=int(vit.patch_embed.patch_size[0]),
-        registers=int(getattr(vit, "num_reg_tokens", 0)),
+        registers=0 if vit.reg_token is None else int(vit.reg_token.shape[1]),
         activation=transformers_folder.activation_of(block.mlp.act),
         layer_norm_eps=float(getattr(block.norm1, "eps", 0)),
     )
@@ -274,12 +277,17 @@ def _stored_side(vit: Any, state: Mapping[str, Tensor]) -> int | None:
 
 
 def _convert_names(state: dict[str, Tensor], vit: Any, path: str, name: str) -> dict[str, Tensor]:
-    """Rename a foreign project's tensors as timm does (DINOv2's registers, DINOv3, OpenAI's,
+    """Rename a foreign project's tensors as timm does (DINOv2's registers, DINOv3, EVA, OpenAI's,
     open_clip's, RADIO's)."""
-    if state.keys() == vit.state_dict().keys() and not _resizes_itself(_arch(vit)):
+    own = vit.state_dict().keys()
+    if state.keys() == own and not _resizes_itself(_arch(vit)):
         return state
     try:
-        return dict(_timm_filter(vit)(dict(state), vit))
+        known = dino_names.unchunked(state)
+        if type(vit).__name__ == "Eva":  # timm's class of DINOv3
+            known = dino_names.without_zero_biases(known, own)
+        with contextlib.redirect_stdout(io.StringIO()):  # timm prints there of biases
+            return dict(_timm_filter(vit)(known, vit))
     except Exception as error:  # it reads tensors by name and shape, and a foreign file has others
         raise UserError(
             f"weights {path!r} do not fit {name}: {type(error).__name__}: {error}; give the file "

@@ -32,6 +32,7 @@ SPEC = {
     "vit": f"timm:vit_small_patch16_224,{SMALL}",
     "dinov2": f"timm:vit_small_patch14_dinov2.lvd142m,{SMALL}",
     "registers": f"timm:vit_small_patch14_reg4_dinov2.lvd142m,{SMALL}",
+    "dinov3": f"timm:vit_base_patch16_dinov3_qkvb.lvd1689m,{SMALL}",
 }
 
 
@@ -54,6 +55,9 @@ def _model(kind: str) -> Any:
         "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**DINOV2)),
         "registers": lambda: transformers.Dinov2WithRegistersModel(
             transformers.Dinov2WithRegistersConfig(**DINOV2)
+        ),
+        "dinov3": lambda: transformers.DINOv3ViTModel(
+            transformers.DINOv3ViTConfig(**VIT, num_register_tokens=4)
         ),
         "clip": lambda: transformers.CLIPModel(
             transformers.CLIPConfig(vision_config=CLIP, text_config=TEXT, projection_dim=12)
@@ -98,7 +102,7 @@ def _run(model: Any, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("saved")
     transformers.utils.logging.disable_progress_bar()
-    kinds = ("vit", "classifier", "dinov2", "registers", "clip", "clip-vision", "clip-projected")
+    kinds = (*SPEC, "classifier", "clip", "clip-vision", "clip-projected")
     for kind in kinds:
         _model(kind).save_pretrained(root / kind)
     _model("dinov2").save_pretrained(root / "shards", max_shard_size="10KB")
@@ -127,6 +131,25 @@ def test_features_are_those_of_transformers(folders: dict[str, Path], tmp_path: 
         assert teacher.weights == str(folder)
         if kind.startswith("clip"):
             assert ("proj" in teacher.tail()) == (kind != "clip-vision")
+
+
+def test_the_biases_of_a_dinov3_are_not_dropped(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The published ones are zero, and the teachers without such biases take them; others not."""
+    from safetensors.torch import load_file, save_file
+
+    bare = SPEC["dinov3"].replace("_qkvb", "")
+    with pytest.raises(UserError, match=r"attn\.[qv]_bias is not zero.*dinov3_qkvb"):
+        teachers.load(bare, str(folders["dinov3"]))
+    folder = Path(shutil.copytree(folders["dinov3"], tmp_path / "zero"))
+    state = load_file(folder / "model.safetensors")
+    for name, value in state.items():
+        if name.endswith(("q_proj.bias", "v_proj.bias")):
+            value.zero_()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    images = teacher_reference.photographs(32)
+    one, other = (teachers.load(spec, str(folder)) for spec in (bare, SPEC["dinov3"]))
+    for y, same in zip(one(images, (1, 2))[0], other(images, (1, 2))[0], strict=True):
+        assert torch.allclose(y, same, rtol=CLOSE, atol=CLOSE)
 
 
 def test_a_projection_is_transposed(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -166,6 +189,9 @@ def test_a_torch_file_of_a_folder_is_read(folders: dict[str, Path], tmp_path: Pa
         ("clip-vision", {}, "model_type is 'clip_vision_model'"),
         ("dinov2", {"use_swiglu_ffn": True}, "SwiGLU"),
         ("registers", {"num_register_tokens": 3}, "registers 3, the teacher's is 4"),
+        ("dinov3", {"use_gated_mlp": True}, "use_gated_mlp is 'True'"),
+        ("dinov3", {"rope_theta": 10000.0}, "rope_theta is '10000.0', 100.0 is read here"),
+        ("dinov3", {"num_register_tokens": 0}, "registers 0, the teacher's is 4"),
     ],
 )
 def test_a_config_of_another_network_is_refused(

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -71,10 +73,76 @@ def _as_dinov3(own: dict[str, Tensor]) -> dict[str, object]:
     return out
 
 
+def _as_dinov2_giant(own: dict[str, Tensor]) -> dict[str, object]:
+    """Return DINOv2's own SwiGLU: w12 and w3."""
+    swiglu = {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
+    out: dict[str, object] = {"mask_token": torch.zeros(1, 24)}
+    for name, value in own.items():
+        for ours, theirs in swiglu.items():
+            name = name.replace(ours, theirs)
+        out[name] = value
+    return out
+
+
+def _in_chunks(own: dict[str, object]) -> dict[str, object]:
+    """Return a training checkpoint of DINOv2, one block a chunk: the teacher beside the student and
+    their heads. Blocks count through all chunks."""
+    backbone = {re.sub(r"^blocks\.(\d+)", r"backbone.blocks.\1.\1", k): v for k, v in own.items()}
+    backbone = {k if k.startswith("back") else f"backbone.{k}": v for k, v in backbone.items()}
+    heads = {
+        "dino_head.last_layer.weight_v": torch.ones(3, 2),
+        "ibot_head.mlp.0.bias": torch.ones(2),
+    }
+    return {"teacher": {**backbone, **heads}, "iteration": 9}
+
+
+def _as_eva02(own: dict[str, Tensor]) -> dict[str, object]:
+    """Return EVA-02's own names, with mask token, head and the table of its rotary positions; the
+    norm is before the pool in pre-training."""
+    names = {
+        "attn.q_proj.bias": "attn.q_bias", "attn.v_proj.bias": "attn.v_bias",
+        "attn.norm": "attn.inner_attn_ln", "mlp.norm": "mlp.ffn_ln", "mlp.fc1_g": "mlp.w1",
+        "mlp.fc1_x": "mlp.w2", "mlp.fc2": "mlp.w3", "fc_norm": "norm",
+    }  # fmt: skip
+    out: dict[str, object] = {
+        "rope.freqs_cos": torch.ones(9, 8),
+        "rope.freqs_sin": torch.ones(9, 8),
+    }
+    for name, value in own.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        out[name] = value
+    return out
+
+
+def _as_eva02_mim(own: dict[str, Tensor]) -> dict[str, object]:
+    more = {"mask_token": torch.zeros(1, 1, 24), "lm_head.weight": torch.zeros(9, 24)}
+    return {"model": {**_as_eva02(own), **more}}
+
+
+def _as_eva02_clip(own: dict[str, Tensor]) -> dict[str, object]:
+    visual = {f"visual.{name}": value for name, value in _as_eva02(own).items()}
+    text = {"text.positional_embedding": torch.zeros(7, 8), "logit_scale": torch.ones(())}
+    return {**visual, "visual.head.weight": torch.zeros(16, 24), **text}
+
+
 LAYOUTS: dict[str, tuple[str, int, Callable[[dict[str, Tensor]], dict[str, object]]]] = {
     "mae": ("vit_base_patch16_224.mae", 48, _as_mae),
     "dinov2-reg": ("vit_base_patch14_reg4_dinov2.lvd142m", 42, _as_dinov2),
     "dinov3": ("vit_base_patch16_dinov3_qkvb.lvd1689m", 48, _as_dinov3),
+    "dinov2-reg in chunks": (
+        "vit_base_patch14_reg4_dinov2.lvd142m",
+        42,
+        lambda own: _in_chunks(_as_dinov2(own)),
+    ),
+    "dinov2-giant": ("vit_giant_patch14_dinov2.lvd142m", 42, _as_dinov2_giant),
+    "dinov2-giant in chunks": (
+        "vit_giant_patch14_dinov2.lvd142m",
+        42,
+        lambda own: _in_chunks(_as_dinov2_giant(own)),
+    ),
+    "eva02": ("eva02_base_patch14_224.mim_in22k", 42, _as_eva02_mim),
+    "eva02-clip": ("eva02_base_patch16_clip_224.merged2b", 48, _as_eva02_clip),
     "dino's program": (
         "vit_base_patch16_224.dino",
         48,
@@ -99,6 +167,62 @@ def test_files_as_their_projects_publish_them(tmp_path: Path, layout: str) -> No
     teacher: Any = teachers.load(f"timm:{arch},img_size={px},{TEXT}", str(tmp_path / "w.pth"))
     for name, value in network.state_dict().items():
         torch.testing.assert_close(teacher.vit.state_dict()[name], value)
+
+
+def test_dinov3s_biases_are_not_dropped_unless_they_are_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """timm leaves them out of a network without such biases, and prints; zero ones are nothing."""
+    arch, px, write = LAYOUTS["dinov3"]
+    network = _network(arch, px)
+    given = write({name: value.clone() for name, value in network.state_dict().items()})
+    torch.save(given, tmp_path / "w.pth")
+    bare = f"timm:vit_base_patch16_dinov3.lvd1689m,img_size={px},{TEXT}"
+    with pytest.raises(UserError, match=r"qkv\.bias is not zero.*dinov3_qkvb"):
+        teachers.load(bare, str(tmp_path / "w.pth"))
+    for name, value in given.items():
+        if name.endswith("qkv.bias"):
+            assert isinstance(value, Tensor)
+            value[:24], value[48:] = 0, 0
+            value[24:48] = 7  # of the keys, which DINOv3 masks
+    torch.save(given, tmp_path / "zero.pth")
+    teacher: Any = teachers.load(bare, str(tmp_path / "zero.pth"))
+    own = network.state_dict()
+    assert all(torch.equal(own[name], v) for name, v in teacher.vit.state_dict().items())
+    assert capsys.readouterr().out == ""
+
+
+def test_chunks_that_count_for_themselves_are_refused(tmp_path: Path) -> None:
+    own = _network("vit_base_patch14_dinov2.lvd142m", 42).state_dict()
+    chunks = {name.replace("blocks.1.", "blocks.1.0.").replace("blocks.0.", "blocks.0.0.", 1)
+              .replace("blocks.1.0.0.", "blocks.1.0."): v for name, v in own.items()}  # fmt: skip
+    torch.save({**chunks, "mask_token": torch.zeros(1, 24)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="blocks lie in chunks"):
+        teachers.load(f"timm:vit_base_patch14_dinov2.lvd142m,img_size=42,{TEXT}",
+                      str(tmp_path / "w.pth"))  # fmt: skip
+
+
+def test_a_layout_of_another_network_is_named(tmp_path: Path) -> None:
+    plain = f"timm:vit_base_patch16_224.mae,img_size=48,{TEXT}"
+    told = {"dinov2-reg": "DINOv2", "dinov2-giant": "DINOv2", "dinov3": "DINOv3", "eva02": "EVA-02"}
+    for layout, whose in told.items():
+        arch, px, write = LAYOUTS[layout]
+        torch.save(write(_network(arch, px).state_dict()), tmp_path / "w.pth")
+        with pytest.raises(UserError, match=f"those of {whose}.*give --teacher") as caught:
+            teachers.load(plain, str(tmp_path / "w.pth"))
+        assert "\n" not in str(caught.value)
+
+
+def test_big_visions_files_are_named(tmp_path: Path) -> None:
+    """Of JAX, as the program publishes them, and the same names in safetensors."""
+    name = "params/img/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"
+    np.savez(tmp_path / "w.npz", **{name: np.ones((2, 3), np.float32)})
+    save_file({name: torch.ones(2, 3)}, tmp_path / "w.safetensors")
+    for file in ("w.npz", "w.safetensors"):
+        with pytest.raises(UserError, match=r"big_vision \(JAX\)") as caught:
+            teachers.load(f"timm:vit_base_patch16_siglip_224.webli,{TEXT}", str(tmp_path / file))
+        assert "timm" in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def _whole_module(path: Path, network: Any) -> None:
