@@ -25,15 +25,20 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 digits to learn from and 60 held out, as shards."""
     out = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
-        import sklearn.datasets
-        from sklearn.utils import Bunch
-
-        whole = sklearn.datasets.load_digits()
-        cut = Bunch(images=whole.images[:120], target=whole.target[:120])
-        patch.setattr(sklearn.datasets, "load_digits", lambda: cut)
-        patch.setattr(digits, "TRAIN", 60)
-        digits.write_shards(out, seed=0)
+        write_few(out, patch, train=60, test=60)
     return out
+
+
+def write_few(out: Path, patch: pytest.MonkeyPatch, *, train: int, test: int) -> None:
+    """The first digits of all, as shards."""
+    import sklearn.datasets
+    from sklearn.utils import Bunch
+
+    whole = sklearn.datasets.load_digits()
+    cut = Bunch(images=whole.images[: train + test], target=whole.target[: train + test])
+    patch.setattr(sklearn.datasets, "load_digits", lambda: cut)
+    patch.setattr(digits, "TRAIN", train)
+    digits.write_shards(out, seed=0)
 
 
 class Fixed(nn.Module):
@@ -163,11 +168,11 @@ def test_digits_that_are_not_there(
 
 
 @pytest.mark.slow
-def test_it_learns(tmp_path: Path) -> None:
-    """In four of ten epochs: most of the pixels' variance, by several words. One word alone would
-    explain none, and its perplexity would be 1."""
-    digits.write_shards(tmp_path, seed=0)
+def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 400 digits in small batches: most of the pixels' variance, by several words. One word
+    alone would explain none, and its perplexity would be 1."""
+    write_few(tmp_path, monkeypatch, train=400, test=100)
     train, test = (open_source(f"{tmp_path}/data/{part}-*.tar") for part in ("train", "test"))
-    found = tokenizer.quality(*tokenizer.train(train, seed=0, epochs=4), test)
+    found = tokenizer.quality(*tokenizer.train(train, seed=0, epochs=6, batch_size=16), test)
     assert found["explained"] > 0.5
     assert found["perplexity"] > 3
