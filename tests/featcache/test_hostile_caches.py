@@ -54,8 +54,7 @@ def attack(data: st.DataObject, root: Path, origins: dict[str, Path], pictures: 
     here.ask(data.draw(st.sampled_from(list(COMMANDS))))
 
 
-@pytest.mark.slow
-@settings(max_examples=80, suppress_health_check=CHECKS)
+@settings(max_examples=8, suppress_health_check=CHECKS)
 @given(st.data())
 def test_no_json_makes_a_command_fail_otherwise_than_in_a_line(
     home: Path, origins: dict[str, Path], pictures: Path, data: st.DataObject
@@ -64,7 +63,7 @@ def test_no_json_makes_a_command_fail_otherwise_than_in_a_line(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, suppress_health_check=CHECKS)
+@settings(max_examples=150, suppress_health_check=CHECKS)
 @given(st.data())
 def test_no_json_makes_a_command_fail_otherwise_than_in_a_line_at_length(
     home: Path, origins: dict[str, Path], pictures: Path, data: st.DataObject

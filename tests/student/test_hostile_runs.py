@@ -26,7 +26,7 @@ from tests import hostile_json as hostile
 from tests import student_fixtures as fx
 
 # few by default, many where minutes are given
-EXAMPLES = pytest.mark.parametrize("examples", [8, pytest.param(25, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [2, pytest.param(16, marks=pytest.mark.slow)])
 CHECKS = list(HealthCheck)  # a fixture serves all examples, and some of them are slow
 TRAINED = ("--cache", fx.cache_path, "--steps", "2", "--batch-size", "8", "--device", "cpu")
 TENSORS = (

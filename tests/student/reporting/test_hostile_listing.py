@@ -15,7 +15,7 @@ from tests import hostile_json as hostile
 from tests import student_fixtures as fx
 
 # few by default, many where minutes are given
-EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(60, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [5, pytest.param(40, marks=pytest.mark.slow)])
 RESULT: dict[str, Any] = {
     "time": "2026-01-02T03:04:05Z", "run": "r", "protocol": "linear", "test": "val", "n_test": 50,
     "score": 61.5, "interval": [48.0, 74.0], "checkpoint": 2, "recipe": "mae", "ema": False,

@@ -17,7 +17,7 @@ from tests import student_fixtures as fx
 from tests.featcache.drawing.test_page import Parsed
 
 # few by default, many where minutes are given
-EXAMPLES = pytest.mark.parametrize("examples", [4, pytest.param(25, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [1, pytest.param(16, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,6 @@ def test_a_mask_that_is_none(world: Path, mask: object) -> None:
     hostile.attack_file(path, st.just(json.dumps(record).encode()), lambda: attack(world), 1)
 
 
-@pytest.mark.slow
 @EXAMPLES
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 def test_objects(name: str, examples: int, world: Path) -> None:
@@ -68,7 +67,6 @@ def test_objects(name: str, examples: int, world: Path) -> None:
     hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
-@pytest.mark.slow
 @EXAMPLES
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
 def test_bytes(name: str, examples: int, world: Path) -> None:
@@ -77,7 +75,6 @@ def test_bytes(name: str, examples: int, world: Path) -> None:
     hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
-@pytest.mark.slow
 @EXAMPLES
 def test_rows(examples: int, world: Path) -> None:
     path = world / "bad/metrics.jsonl"
