@@ -237,4 +237,6 @@ def _escaped(text: str, marks: str) -> str:
 
 
 def _fence(text: str, language: str) -> str:
-    return f"```{language}\n{text}\n```" if text.strip() else ""
+    # docs/site.css wraps plain text, which is read; code scrolls
+    info = "{ .text .wrap }" if language == "text" else language
+    return f"``` {info}\n{text}\n```" if text.strip() else ""

@@ -477,7 +477,8 @@ def test_a_subset_is_joined_by_key(tmp_path: Path) -> None:
 def test_quarantined_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
     shutil.copytree(fx.pictures(), tmp_path / "p")
     (tmp_path / "p" / "bad.png").write_bytes((tmp_path / "p" / "p00.png").read_bytes()[:90])
-    fx.extract(tmp_path / "p", tmp_path / "c")
+    teacher = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=4,num_heads=3"
+    fx.extract(tmp_path / "p", tmp_path / "c", "--weights", "random:0", teacher=teacher)
     with Cache(tmp_path / "c") as cache:
         source = open_source(tmp_path / "p")
         chosen, rows, skipped = join.join_by_key(cache, source)
@@ -500,6 +501,7 @@ def test_quarantined_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
         )
     )
     assert "1 picture is in the cache's quarantine" in ran.err
+    assert f"{fx.PICTURES} pictures x {fx.VIEWS} views" in ran.err  # of drawn weights, as is told
     assert checkpoint.read_config(tmp_path / "run")["data"]["pictures"] == fx.PICTURES
 
 
