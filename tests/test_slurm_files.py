@@ -71,6 +71,15 @@ def _shellcheck() -> str:
 
 
 @each
+def test_a_page_shows_the_file_itself(path: Path) -> None:
+    """A copy would grow old; the site takes the file as it is when it is built."""
+    pages = [page.read_text() for page in sorted((ROOT / "docs").rglob("*.md"))]
+    shown = f'--8<-- "{path.relative_to(ROOT / "examples").as_posix()}"'
+    assert sum(page.count(shown) for page in pages) == 1
+    assert not [page for page in pages if "#SBATCH" in page]
+
+
+@each
 def test_its_command_is_one_that_the_program_takes(path: Path) -> None:
     text = path.read_text().replace("\\\n", " ")
     (line,) = re.findall(r"^srun .*$", text, re.M)

@@ -17,6 +17,11 @@ from types import FrameType
 
 _AGAIN_S = 0.05  # until a callback is left
 _received: list[int] = []
+# what torchrun sets for its processes, and `accelerate launch` where it starts one alone
+_LAUNCHED = (
+    {"TORCHELASTIC_RUN_ID"},
+    {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"},
+)
 _begun = {os.getpid(): os.getppid()}  # this process -> the one that started it
 
 # what a scheduler sends to a job that has to end; a system without one of them lacks the name
@@ -76,7 +81,8 @@ def launcher_has_ended() -> bool:
     """Return whether torchrun, or `accelerate launch`, started this process and is no longer there:
     a signal that it does not know ends it alone, and nobody waits for its processes any more."""
     begun = _begun.get(os.getpid())
-    return "TORCHELASTIC_RUN_ID" in os.environ and begun not in (None, os.getppid())
+    launched = any(os.environ.keys() >= names for names in _LAUNCHED)
+    return launched and begun not in (None, os.getppid())
 
 
 @contextlib.contextmanager

@@ -47,4 +47,5 @@ def test_a_process_knows_that_its_launcher_has_ended(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "getppid", lambda: 1 if parent != 1 else 2)
     assert signals.launcher_has_ended()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # by hand, which is no launcher
     assert not signals.launcher_has_ended()
