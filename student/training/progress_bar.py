@@ -86,9 +86,19 @@ def line(row: dict[str, Any], steps_per_epoch: int) -> str:
         *(f"{name} {value:.4g}" for name, value in parts.items()),
     ]
     return (
-        f"epoch {epoch:.2f}  {' '.join(losses)}  lr {row['lr']:.2e}  {row['images_per_s']:.0f} "
-        f"images/s  waiting for data {row['data_wait']:.0%}  {memory_bytes() / 1e9:.1f} GB"
+        f"epoch {epoch:.2f}  {' '.join(losses)}  lr {row['lr']:.2e}  "
+        f"{rate_text(row['images_per_s'])}  waiting for data {row['data_wait']:.0%}  "
+        f"{memory_bytes() / 1e9:.1f} GB"
     )
+
+
+def rate_text(images_per_s: float) -> str:
+    """Write a pace; slow ones, as on a CPU, with one more digit.
+
+    >>> rate_text(812.3), rate_text(1.04)
+    ('812 images/s', '1.0 images/s')
+    """
+    return f"{images_per_s:.{1 if images_per_s < 10 else 0}f} images/s"
 
 
 def memory_bytes() -> int:
