@@ -41,8 +41,8 @@ from featcache.storage.store import FORMATS, STORES
     "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the summary as JSON."
 )
 def command(cache: Path, out: Path, store: str | None, format: str | None, as_json: bool) -> None:
-    """Write CACHE, and what was added to it, to OUT in another store or format. Killed, the same
-    command continues.
+    """Write CACHE, and what was added to it, to OUT in another store or format. If it is
+    stopped or killed, the same command goes on where it was.
 
     Every row is checked as it is read; converting back gives the same rows, to the byte.
     """

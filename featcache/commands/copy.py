@@ -64,8 +64,8 @@ def command(
     compress: bool,
     as_json: bool,
 ) -> None:
-    """Copy CACHE to DEST, every file compared with its checksum. Killed, the same command
-    continues.
+    """Copy CACHE to DEST, every file compared with its checksum. If it is stopped
+    or killed, the same command goes on where it was.
 
     With --views or --levels, additions to CACHE are merged: DEST is one flat cache of its own
     teacher.

@@ -68,7 +68,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Derive a cache at DEST from CACHE: the bytes are those of an extraction with these options.
-    Killed, the same command continues.
+    If it is stopped or killed, the same command goes on where it was.
 
     Levels in fp16 become any codec; a lossy one stays as it is. With --views or --levels, additions
     to CACHE are merged: DEST is one flat cache of its own teacher.

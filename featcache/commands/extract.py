@@ -43,8 +43,11 @@ if TYPE_CHECKING:
 )
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> None:
-    """Run TEACHER over augmented views of the pictures and store its targets. Killed, the same
-    command continues."""
+    """Run a frozen teacher over augmented views of pictures and store what students learn from:
+    features of its blocks, its attention, and orders of patches to mask by.
+
+    If it is stopped or killed, the same command goes on where it was.
+    """
     options = ExtractOptions(**given)
     asked = ctx.get_parameter_source("batch_size") is not ParameterSource.DEFAULT
     facts, text = carry_out(options, _shown, say, keeps_batch=asked)

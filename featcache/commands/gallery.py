@@ -47,7 +47,7 @@ _COUNT = click.IntRange(1, 10_000)  # of pictures on one page
     group=HelpGroup.INPUT,
     multiple=True,
     metavar="KEY",
-    help="This picture; may be given again.",
+    help="Draw this picture; may be given again.",
 )
 @option(
     "--views",
@@ -82,7 +82,8 @@ def command(
     """Draw pictures of CACHE as a page: views and their boxes, attention, visible patches and
     features as colours.
 
-    Without --images, of views only what the cache stores is drawn: their pixels, or block means.
+    Without --images, views are drawn from what the cache stores alone: their pixels, or the means
+    of blocks of pixels.
     """
     from featcache.drawing import gallery, row_choice
 

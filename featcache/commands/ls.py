@@ -26,7 +26,8 @@ from featcache.console.text import echo, format_bytes, format_json, format_table
     "--costs",
     group=HelpGroup.REPORT,
     is_flag=True,
-    help="What extractions, runs and evaluations cost, by the run ledger, in place of the list.",
+    help="Show in place of the list what extractions, runs and evaluations cost, by the run "
+    "ledger.",
 )
 @option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(costs: bool, as_json: bool) -> None:

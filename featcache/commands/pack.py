@@ -64,8 +64,9 @@ def command(
     """Pack the pictures of SRC into webdataset tar shards in OUT, or into one FFCV file OUT.beton,
     in a seeded shuffled order.
 
-    SRC is a folder of pictures (class folders become labels), webdataset tars or a .beton. Bytes
-    are kept as they are, unless --resize makes a picture smaller: JPEG and WebP are then encoded
+    SRC is what --images of extract is: a folder (class folders become labels), webdataset tars, a
+    tar of tars, parquet or a .beton; parts such as #labels=FILE.csv may follow. Bytes are kept as
+    they are, unless --resize makes a picture smaller: JPEG and WebP are then encoded
     again at quality 95, all else without loss. In a .beton, pictures that are no grey or RGB JPEG
     are stored as their pixels.
     """

@@ -34,7 +34,8 @@ from featcache.views import pixel_path
     group=HelpGroup.CHECKS,
     type=click.IntRange(0, 10**9),
     default=0,
-    help="Also run the teacher on N random rows.",
+    help="Also run the teacher on N random rows, and compare what it says with what is stored. "
+    "[default: none]",
 )
 @with_pictures(
     "images_spec",

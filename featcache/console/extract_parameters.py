@@ -77,8 +77,8 @@ def _targets() -> list[click.Parameter]:
             ["--levels"],
             group=HelpGroup.STORAGE,
             multiple=True,
-            help="Blocks to store: last:N, a list such as 8,10,12 or -1,-3 from the end, or all; "
-            "TEACHER=... for one. [default: last:5]",
+            help="Transformer blocks to store: last:N, a list such as 8,10,12 or -1,-3 from the "
+            "end, or all; TEACHER=... for one. [default: last:5]",
         ),
     ]
 
@@ -146,8 +146,9 @@ def _storage() -> list[click.Parameter]:
             ["--order"],
             group=HelpGroup.STORAGE,
             type=Choice(MASK_ORDERS),
-            help="Stored mask order: by attention, or by chance. [default: attentive; uniform for "
-            "a teacher without attention]",
+            help="In which order patches are kept visible: attentive, drawn by the teacher's "
+            "attention; topk, the most attended first; uniform, by chance. [default: attentive; "
+            "uniform for a teacher without attention]",
         ),
         Option(
             ["--codec"],
@@ -219,8 +220,8 @@ def _teacher() -> list[click.Parameter]:
             group=HelpGroup.TEACHER,
             type=LocalText(),
             multiple=True,
-            help="FILE, a tag, or random:SEED for a trial; TEACHER=... for one. "
-            "[default: the pretrained ones]",
+            help="A FILE or folder of weights, a tag of open_clip's, or random:SEED for a trial; "
+            "TEACHER=... for one. [default: the pretrained ones]",
         ),
         Option(
             ["--precision"],
@@ -241,7 +242,8 @@ def _teacher() -> list[click.Parameter]:
             group=HelpGroup.CHECKS,
             type=LocalText(),
             metavar="LABELLED",
-            help="First a k-NN score on these labelled pictures.",
+            help="First score the teacher by k-NN on these labelled pictures, and stop where it is "
+            "no better than chance.",
         ),
     ]
 
@@ -253,6 +255,7 @@ def _running() -> list[click.Parameter]:
             ["--rows-per-shard"],
             group=HelpGroup.STORAGE,
             type=CountOrAuto(),
+            metavar="N|auto",
             default="auto",
             show_default=True,
             help="Pictures in a shard, the unit of resuming, sharing and repair. auto: 1024, 1 GiB "
@@ -265,7 +268,7 @@ def _running() -> list[click.Parameter]:
             type=BATCH,
             default=32,
             show_default=True,
-            help="Views a teacher batch.",
+            help="Views in one batch of the teacher.",
         ),
         Option(
             ["--workers"],

@@ -27,8 +27,8 @@ def command(runs: tuple[Path, ...], as_json: bool) -> None:
 
     Runs are an ablation where the recipe and its settings alone differ. Cache identity, view
     schedule, pictures, seed, sampling, aug_repeats, steps, effective batch and evaluations must be
-    the same; precision, the average of the weights and the machine are told. Exit status: 0 for an
-    ablation, or where nothing differs; 1 where something differs that must be the same.
+    the same; precision, the average of the weights and the machine are reported. Exit status: 0
+    for an ablation, or where nothing differs; 1 where something differs that must be the same.
     """
     from student.reporting import comparison, tables
 

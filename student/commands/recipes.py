@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "--schema",
     group=HelpGroup.REPORT,
     is_flag=True,
-    help="Print as JSON of each setting its value, default, type, what is allowed and its meaning.",
+    help="Print each setting as JSON: its value, default, type, what is allowed, what it means.",
 )
 @option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print as JSON.")
 def command(name: str | None, settings: tuple[str, ...], schema: bool, as_json: bool) -> None:

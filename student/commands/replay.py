@@ -41,7 +41,7 @@ from student.setup import run_parameters
 def command(
     file: Path, recipe_name: str | None, precision: str | None, device: str | None, as_json: bool
 ) -> None:
-    """Run a micro-batch again whose loss was not finite, with the weights it met; FILE is of
+    """Run a micro-batch again whose loss was not finite, with the weights of that step; FILE is of
     RUN/nonfinite.
 
     Tells the loss then and now, and where it goes wrong: weights, inputs, the first module,

@@ -29,7 +29,7 @@ from featcache.errors import one_line
 )
 @option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(folder: Path, sort: str | None, as_json: bool) -> None:
-    """List the runs below FOLDER (runs/ else): recipe, state, step, loss, learning rate, newest
+    """List the runs below FOLDER, or below runs/: recipe, state, step, loss, learning rate, newest
     scores, size on disk and the time of the last row.
 
     Nothing in a folder tells that a process is at work: a run that wrote a row within ten minutes

@@ -38,7 +38,7 @@ def parameters(*, pools: bool = True) -> list[click.Parameter]:
             type=click.IntRange(1, 256),
             default=1,
             show_default=True,
-            help="Pool the last so many blocks, one after the other.",
+            help="Pool each of the last N blocks; their features stand side by side.",
         ),
     ]
     return [
@@ -60,10 +60,13 @@ def parameters(*, pools: bool = True) -> list[click.Parameter]:
             ["--teacher", "teacher_spec"],
             group=HelpGroup.INPUT,
             type=LocalText(),
-            help="Evaluate a teacher in place of RUN.",
+            help="A teacher in place of RUN, by its name; `featcache teachers` lists them.",
         ),
         Option(
-            ["--weights"], group=HelpGroup.INPUT, type=LocalText(), help="The teacher's weights."
+            ["--weights"],
+            group=HelpGroup.INPUT,
+            type=LocalText(),
+            help="The teacher's weights. [default: the pretrained ones]",
         ),
         *(pool if pools else ()),
         Option(

@@ -92,15 +92,15 @@ def _pictures(*, trains: bool) -> list[click.Parameter]:
             group=HelpGroup.PICTURES,
             multiple=True,
             metavar="NAME[=FILE]",
-            help="Of that test set only the classes that it has, or those in FILE, one a line, can "
-            "be chosen (ImageNet-A, -R).",
+            help="On the test set NAME choose only among the classes that it has, or those of "
+            "FILE, one a line (ImageNet-A, -R).",
         ),
         Option(
             ["--class-map", "maps"],
             group=HelpGroup.PICTURES,
             multiple=True,
             metavar="NAME=FILE",
-            help="JSON object from training class to class of that test set (ImageNet-9).",
+            help="JSON object from training class to class of the test set NAME (ImageNet-9).",
         ),
         *(few if trains else ()),
     ]
@@ -114,8 +114,18 @@ def _own(module: Any) -> list[click.Parameter]:
             group=HelpGroup.PROTOCOL,
             default=default,
             show_default=default not in (None, ""),
-            help=text,
+            help=_sentence(text),
             type=_KINDS.get(type(default), type(default)),
         )
         for key, (default, text) in module.OPTIONS.items()
     ]
+
+
+def _sentence(text: str) -> str:
+    """Return a protocol's text of an option as help has them.
+
+    >>> _sentence("heads of the attention [default: 12]"), _sentence("a FILE.")
+    ('Heads of the attention. [default: 12]', 'A FILE.')
+    """
+    said, bracket, default = text.partition(" [")
+    return f"{said[0].upper()}{said[1:].rstrip('.')}.{bracket}{default}"

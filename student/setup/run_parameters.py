@@ -21,7 +21,7 @@ ACCUMULATE = Option(
     type=BATCH,
     default=1,
     show_default=True,
-    help="Batches summed up in a step.",
+    help="Batches whose gradients are summed in one step.",
 )
 PRECISION = Option(
     ["--precision"],

@@ -114,7 +114,7 @@ def _length() -> list[click.Parameter]:
             type=SEED,
             default=0,
             show_default=True,
-            help="Of weights, order, masks.",
+            help="Of first weights, order of pictures, and masks.",
         ),
         Option(
             ["--init"],
@@ -136,13 +136,13 @@ def _targets() -> list[click.Parameter]:
             type=Choice(["cached", "online"]),
             default="cached",
             show_default=True,
-            help="online: the teacher in the loop, no targets read.",
+            help="cached: read the targets of a cache; online: run the teacher in the loop.",
         ),
         Option(
             ["--fallback"],
             group=HelpGroup.TARGETS,
             type=Choice(["online"]),
-            help="With --cache: the teacher for shards that are lost.",
+            help="With --cache: run the teacher for shards that are lost.",
         ),
         Option(
             ["--fallback-limit"],
@@ -288,7 +288,7 @@ def _reading() -> list[click.Parameter]:
             ["--direct"],
             group=HelpGroup.READING,
             is_flag=True,
-            help="Read with O_DIRECT: the cache takes no memory from other files.",
+            help="Read with O_DIRECT, so that the cache pushes no other files out of memory.",
         ),
         Option(
             ["--verify-rows"],
@@ -349,15 +349,15 @@ def _told() -> list[click.Parameter]:
             multiple=True,
             default=("json",),
             show_default=True,
-            help="Show metrics there as well; RUN/metrics.jsonl (json) is always written. May be "
-            "given twice.",
+            help="Where metrics are shown as well; RUN/metrics.jsonl (json) is always written. May "
+            "be given twice.",
         ),
         Option(
             ["--probe"],
             group=HelpGroup.REPORT,
             type=LocalText(),
             help="Labelled pictures: their k-NN, linear probe, RankMe and cosine with the teacher "
-            "are measured as the run goes on, of which no number changes.",
+            "are measured as the run goes on; the run's own numbers stay the same.",
         ),
         Option(
             ["--probe-every"],
