@@ -33,6 +33,7 @@ OUTSIDE = {
     "benchmarks/bench_foreign.py": "examples/bench_foreign.md",
 }
 MOST_COLUMNS = 110  # of a command line
+WIDE = "---\nhide: [toc]\n---\n"  # the column of headings gives its room to the page
 _LINK = re.compile(r"\]\((?:\.\./)*([^)#]+)")
 
 
@@ -105,7 +106,7 @@ def teachers_page() -> str:
         "view, GMAC the multiply-accumulates of one. How other networks are named, and what their "
         "options mean, is on the page about [choosing a teacher](../guides/teachers.md)."
     )
-    return f"# Teachers\n\n{intro}\n\n{table(head, rows)}\n"
+    return f"{WIDE}# Teachers\n\n{intro}\n\n{table(head, rows)}\n"
 
 
 def recipes_page() -> str:
@@ -113,9 +114,10 @@ def recipes_page() -> str:
     from student import config, recipes, setting_help
 
     parts = [
-        "# Recipes",
+        f"{WIDE}# Recipes",
         "What each recipe is, in its own words, and its settings with their defaults, as "
         "`student recipes NAME` prints them. `--set key=value` changes one.",
+        " · ".join(f"[{name}](#{name})" for name in recipes.names()),
     ]
     for name in recipes.names():
         module = recipes.load(name)
