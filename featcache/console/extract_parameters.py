@@ -41,8 +41,8 @@ def _targets() -> list[click.Parameter]:
             group=HelpGroup.INPUT,
             type=LocalText(),
             multiple=True,
-            help="Name, or NAME,key=value,...; `featcache teachers` lists them. "
-            "Several: one pass over the same views.",
+            help="Name, or NAME,key=value,...; `featcache teachers` lists them; run:RUN is a run "
+            "of your own. Several: one pass over the same views.",
         ),
         Option(
             ["--for", "recipes"],

@@ -49,6 +49,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     fx.good(fx.train("mae", root / "mae", *words, "--ema", "0.5", sets=("patch_size=8",)))
     for name, about in OTHERS.items():
         written_runs.write(root / name, *about)
+    tuned = {"classes": 5, "pool": "mean", "rel_pos": False, "drop_path": 0.0}
+    pixels = {"pixel_mean": [0.1, 0.2, 0.3], "pixel_std": [0.5, 0.6, 0.7]}
+    written_runs.write(root / "tuned", "finetune", "mae", fx.ENCODER, **tuned, **pixels)
     return {path.name: path for path in root.iterdir()}
 
 
@@ -60,9 +63,10 @@ def _raw_levels(encoder: Any, pixels: Tensor) -> list[Tensor]:
 
 def test_levels_and_attention_are_those_of_the_encoder(runs: dict[str, Path]) -> None:
     images = teacher_reference.photographs(32)
-    pixels = teacher_reference.normalise_in_float64(images, MEAN, STD)
     for name, run in runs.items():
         encoder, settings = checkpoint.load_encoder(run)
+        mean, std = (settings.get(key, d) for key, d in (("pixel_mean", MEAN), ("pixel_std", STD)))
+        pixels = teacher_reference.normalise_in_float64(images, mean, std)
         encoder = encoder.double()
         teacher: Any = teachers.load(f"run:{run}")
         assert (teacher.input_px, teacher.patches) == (32, (32 // settings["patch_size"]) ** 2)
@@ -78,6 +82,10 @@ def test_levels_and_attention_are_those_of_the_encoder(runs: dict[str, Path]) ->
             continue
         weights = teacher_reference.timm_attention_map(encoder, pixels)[:, :, 0, 1:].mean(1)
         assert teacher_reference.attention_error(attention, weights) < CLOSE, name
+        if name == "tuned":  # it pools before it norms; its head is no part of the teacher
+            assert set(teacher.tail()) == {"identity"}
+            assert not any("head" in key or "fc_norm" in key for key in teacher.state_dict())
+            continue
         assert np.allclose(teacher.tail()["gamma"], encoder.norm.weight.detach().numpy())
 
 
