@@ -158,7 +158,7 @@ def test_the_second_generation(
 
 def _documented() -> list[list[str]]:
     page = (announced.PYPROJECT.parent / "docs/guides/teachers.md").read_text()
-    block = page.split("## A run of your own")[1].split("```")[1]
+    block = page.split("## A run of your own")[1].split("```")[1].replace("\\\n", " ")
     return [shlex.split(line)[1:] for line in block.strip().splitlines()]
 
 
