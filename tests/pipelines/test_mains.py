@@ -32,3 +32,28 @@ def test_each_main_answers_help(
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         importlib.import_module(name).main()
         assert "Usage:" in capsys.readouterr().out, name
+
+
+def test_each_main_refuses_a_wrong_place_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file, nowhere = tmp_path / "file", tmp_path / "nowhere"
+    file.write_text("")
+    monkeypatch.chdir(tmp_path)
+    for name, words in {
+        "ablate.__main__": ["models", "--out", file],
+        "clipart": [tmp_path / "out", "--clipart", nowhere],
+        "digits": [file],
+        "overview": [nowhere, "a.png"],
+        "pack_images": [nowhere, tmp_path / "out", "--shard-size", "3"],
+        "quickstart": ["--out", file],
+        "tokenizer": [nowhere],
+    }.items():
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(f"pipelines.{name}").main()
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out) == (1, ""), name
+        assert err.startswith("error: "), (name, err)
+        assert err.count("\n") == 1, (name, err)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
