@@ -8,15 +8,19 @@ long to import.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 _AGAIN_S = 0.05  # until a callback is left
+_ECHO_S = 1.0  # between what all processes hear and what their launcher hands on
 _received: list[int] = []
+_heard: dict[int, float] = {}  # number of a signal -> when it came, but for echoes
 # what torchrun sets for its processes, and `accelerate launch` where it starts one alone
 _LAUNCHED = (
     {"TORCHELASTIC_RUN_ID"},
@@ -34,6 +38,7 @@ def install_handlers() -> None:
     """Let a scheduler's notice raise KeyboardInterrupt too; other threads than the first cannot set
     this, and need not."""
     _received.clear()
+    _heard.clear()
     _begun.setdefault(os.getpid(), os.getppid())  # another one's after a fork
     if threading.current_thread() is threading.main_thread():
         for number in (*NOTICES, signal.SIGINT):
@@ -45,8 +50,20 @@ def install_handlers() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    echo = is_echo(number)
     _received.append(number)
-    raise KeyboardInterrupt
+    if not echo:
+        raise KeyboardInterrupt
+
+
+def is_echo(number: int) -> bool:
+    """Note a signal, and return whether it only repeats the one before: a launcher hands on what a
+    terminal or a scheduler has sent to all of its processes already."""
+    now = time.monotonic()
+    if now - _heard.get(number, -math.inf) < _ECHO_S and (number in NOTICES or is_launched()):
+        return True
+    _heard[number] = now
+    return False
 
 
 def _raise_again(ignored: sys.UnraisableHookArgs) -> None:
@@ -57,6 +74,7 @@ def _raise_again(ignored: sys.UnraisableHookArgs) -> None:
         return
     # a real signal, which also ends a system call that waits
     main = threading.main_thread().ident
+    _heard.clear()  # it was not heard
     again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, _received[-1]))
     again.daemon = True
     again.start()
@@ -77,12 +95,16 @@ def ignore_notices() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+def is_launched() -> bool:
+    """Return whether torchrun or `accelerate launch` started this process."""
+    return any(os.environ.keys() >= names for names in _LAUNCHED)
+
+
 def launcher_has_ended() -> bool:
     """Return whether torchrun, or `accelerate launch`, started this process and is no longer there:
     a signal that it does not know ends it alone, and nobody waits for its processes any more."""
     begun = _begun.get(os.getpid())
-    launched = any(os.environ.keys() >= names for names in _LAUNCHED)
-    return launched and begun not in (None, os.getppid())
+    return is_launched() and begun not in (None, os.getppid())
 
 
 @contextlib.contextmanager

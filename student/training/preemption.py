@@ -56,7 +56,10 @@ class StopNotice:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        echo = signals.is_echo(number)
         if number == signal.SIGINT and self.asked == "SIGINT":
+            if echo:
+                return
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
         if number == signal.SIGINT:

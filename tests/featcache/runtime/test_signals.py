@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -49,3 +50,30 @@ def test_a_process_knows_that_its_launcher_has_ended(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # by hand, which is no launcher
     assert not signals.launcher_has_ended()
+
+
+def test_what_a_launcher_hands_on_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C and scancel reach each process, and once more by way of torchrun; a second Ctrl-C
+    without a launcher is one, however soon it comes."""
+    clock = iter([10.0, 10.2, 11.1, 12.2, 20.0, 20.2])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(signals, "_heard", {})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert [signals.is_echo(signal.SIGINT) for _ in range(4)] == [False, True, False, False]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert [signals.is_echo(signal.SIGINT) for _ in range(2)] == [False, False]
+
+
+def test_a_notice_twice_stops_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes while the first is being heard, and may not break what cleans up."""
+    monkeypatch.setattr(signals, "_heard", {})
+    before = signal.getsignal(signal.SIGTERM)
+    signals.install_handlers()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.was_signalled()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signals._received.clear()
