@@ -36,7 +36,7 @@ def missing(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:
         f"{listed(fields, 'field {} is', 'fields {} are')} missing, it has "
         f"{', '.join(cache.fields)}": fields,
         f"{listed(levels, 'level {} is', 'levels {} are')} missing, it has "
-        f"{', '.join(map(str, cache.levels))}": levels,
+        f"{', '.join(map(str, cache.levels))}{_fewer_levels(cache, config)}": levels,
     }
     own = [text for text, lacks in found.items() if lacks]
     return [*own, *missing_tokens(cache, spec, config), *second_missing(cache, spec)]
@@ -60,6 +60,15 @@ def no_attention_text(teacher: str, config: RecipeConfig) -> str:
 def missing_levels(cache: Cache, spec: TargetSpec) -> list[int]:
     """Return the levels that a recipe needs and this cache lacks, ascending."""
     return sorted(set(spec.levels) - set(cache.levels))
+
+
+def _fewer_levels(cache: Cache, config: RecipeConfig) -> str:
+    """Say which setting reads the last levels of a cache alone, where the recipe has such a one."""
+    if not hasattr(config, "level_weights"):
+        return ""
+    stored, depth = set(cache.levels), config.teacher_depth
+    count = next(n for n in range(depth + 1) if depth - n not in stored)
+    return f" (--set level_weights=top:{count} reads its last)" if count else ""
 
 
 def missing_tokens(cache: Cache, spec: TargetSpec, config: RecipeConfig) -> list[str]:

@@ -98,7 +98,8 @@ def test_a_missing_level_is_added_in_its_place(tmp_path: Path) -> None:
     sets = ("level_weights=mean",)  # levels 1 to 4; the cache holds 2 to 4
     ran = fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE, sets=sets)
     assert ran.status == 1
-    assert "level 1 is missing, it has 2, 3, 4" in ran.line
+    told = "level 1 is missing, it has 2, 3, 4 (--set level_weights=top:3 reads its last)"
+    assert told in ran.line
     made = run_command(ran.line, tmp_path / "home")
     assert made.status == 0, made.err
     fx.good(fx.train("maskalign", tmp_path / "run", "--cache", there, *ONE, sets=sets))
