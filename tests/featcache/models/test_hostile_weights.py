@@ -25,9 +25,10 @@ from featcache.models.weights import read_state
 
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
-    started = time.monotonic()
+    """Nothing unfolds: a bomb would take hours of this processor, a busy machine takes none."""
+    started = time.process_time()
     yield
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 60
 
 
 def zipped(path: Path, pickled: bytes, **members: bytes) -> Path:
