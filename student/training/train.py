@@ -137,6 +137,8 @@ def _train(
     # ---- the loop --------------------------------------------------------------------------------
     save_every = run.save_every or loader.steps_per_epoch
     with contextlib.ExitStack() as stack:
+        # ends last: a notice that comes while the rest is closed takes no line and no status away
+        notices = stack.enter_context(contextlib.ExitStack())
         if is_new:
             # last of all, when metrics are closed
             stack.callback(run_folder.forget_unbegun, run.out)
@@ -156,7 +158,7 @@ def _train(
         bar = stack.enter_context(
             display(total, first, loader.steps_per_epoch, acc.is_main_process)
         )
-        notice = stack.enter_context(preemption.StopNotice(acc, bar.stopping))
+        notice = notices.enter_context(preemption.StopNotice(acc, bar.stopping))
         for step in range(first, total):
             result = train_step(run, loader, state, feed, step, total)
             result.row.update(watched(step + 1))
