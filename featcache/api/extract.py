@@ -124,7 +124,7 @@ def _watched(callback: ProgressCallback, say: Say) -> Watch:
     """Return what gives a progress that calls back."""
 
     def report(now: ExtractProgress) -> None:
-        callback(Progress("extract", now.pictures, now.total, now.rate))
+        callback(Progress("extract", now.there + now.pictures, now.there + now.total, now.rate))
 
     @contextmanager
     def watch() -> Iterator[ExtractProgress]:

@@ -14,7 +14,7 @@ from featcache.console.command import Command, Section
 from featcache.console.distortion_table import loss_lines
 from featcache.console.option import HelpGroup, option
 from featcache.console.params import COUNT, LocalPath
-from featcache.console.progress_bar import ProgressBar, WaitingNote, eta
+from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.errors import UsageError, counted
 from featcache.maintenance import transfer
 from featcache.reading.cache import Cache
@@ -118,10 +118,6 @@ def carry_out(
     progress = transfer.TransferProgress()
     progress.report = lambda now: bar(now.done // 10**6, now.total // 10**6)
     progress.waiting = WaitingNote()
-    bar.text = lambda done, total: (
-        f"{show.format_bytes(progress.rate)}/s, "
-        f"{eta(progress.total - progress.done, progress.rate)}"
-    )
     # no teacher runs, and what a device does of it is not measured
     with account(what, cache=dest, source=str(source.absolute()), device_s=None) as line:
         try:

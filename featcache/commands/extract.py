@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from featcache.api.extract import carry_out
-from featcache.console import config_file, extract_parameters, extract_report
+from featcache.console import config_file, extract_parameters
 from featcache.console.command import Command, Section
 from featcache.console.extract_options import ExtractOptions
 from featcache.console.progress_bar import ProgressBar, WaitingNote
@@ -60,10 +60,13 @@ def _shown() -> Iterator[ExtractProgress]:
     from featcache.extraction.progress import ExtractProgress
 
     with contextlib.closing(ProgressBar("extract", "pictures")) as bar:
+
+        def show(now: ExtractProgress) -> None:
+            bar.first = now.there
+            bar(now.there + now.pictures, now.there + now.total)
+
         progress = ExtractProgress(
-            lambda now: bar(now.pictures, now.total),
-            WaitingNote(),
-            lambda text: echo(f"note: {text}", err=True),
+            show, WaitingNote(), lambda text: echo(f"note: {text}", err=True)
         )
-        bar.text = lambda done, total: extract_report.rate_text(progress)
+        bar.text = lambda done, total: f"slowest: {progress.slowest}"
         yield progress

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.console import text
 from featcache.console.distortion_table import distortion_lines
-from featcache.console.progress_bar import eta
 from featcache.errors import counted
 from featcache.pictures import passed_over
 from featcache.reading.cache import Cache
@@ -157,11 +156,6 @@ def _dry_run_line(facts: dict[str, Any], folder: Path) -> str:
     )
     shards = counted(facts["new_shards"], "shard")
     return f"would write {text.format_bytes(facts['new_bytes'])} in {shards} to {whose}{some}"
-
-
-def rate_text(progress: ExtractProgress) -> str:
-    left = eta(progress.total - progress.pictures, progress.rate)
-    return f"{progress.rate:.1f} pictures/s, {left}, slowest: {progress.slowest}"
 
 
 def summary_text(summary: dict[str, Any], jobs: list[ExtractJob]) -> str:

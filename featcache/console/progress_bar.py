@@ -39,6 +39,8 @@ def eta(left: float, rate: float) -> str:
     )
 
 
+# tqdm's own, less its rate
+_WITHOUT_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 LOG_EVERY_S = 30.0  # between two lines of progress where stderr is no terminal
 
 
@@ -50,9 +52,10 @@ class ProgressBar:
         bar.close()
 
     `text` gives what stands behind the bar, asked for only where it is shown; empty keeps what
-    stood there before. `first` was done by an earlier command. Nothing is shown unless `enabled`.
-    A line begins with the time, in UTC; work of less than half a minute has none, and other work
-    has one of its end.
+    stood there before. `first` was done by an earlier command, and no rate counts it. A text that
+    is `rated` has a rate of its own, in another unit, and takes the place of the bar's. Nothing is
+    shown unless `enabled`. A line begins with the time, in UTC; work of less than half a minute has
+    none, and other work has one of its end.
     """
 
     def __init__(
@@ -62,11 +65,14 @@ class ProgressBar:
         text: Callable[[int, int], str] = lambda done, total: "",
         *,
         first: int = 0,
+        rated: bool = False,
         smoothing: float = 0.3,
         enabled: bool = True,
     ) -> None:
         self.what, self.unit, self.text = what, unit, text
         self.first, self.smoothing, self.enabled = first, smoothing, enabled
+        self.rated = rated
+        self._started = time.monotonic()
         self._bar: Any = None
         self._last: float | None = None  # when a line was due
         self._untold: tuple[int, int] | None = None  # what came after the last line
@@ -85,10 +91,19 @@ class ProgressBar:
 
     def _say(self, done: int, total: int) -> None:
         self._last, self._untold, self._spoke = time.monotonic(), None, True
-        note = self.text(done, total)
-        line = f"{self.what}: {done} of {total} {self.unit}{', ' * bool(note)}{note}"
+        line = ", ".join([f"{self.what}: {done} of {total} {self.unit}", *self._about(done, total)])
         tell = log if sys.stderr.isatty() else say  # beside the bar, to a --log-file alone
         tell(f"{log_file.stamp()} {line}")
+
+    def _about(self, done: int, total: int) -> list[str]:
+        """Write rate, time left and text, by the pace since this work began: what was done before
+        says nothing."""
+        rate = (done - self.first) / max(time.monotonic() - self._started, 1e-9)
+        pace = [] if self.rated else [f"{rate:,.{1 if rate < 10 else 0}f} {self.unit}/s"]
+        left = [eta(total - done, rate)]
+        note = [text] if (text := self.text(done, total)) else []
+        known = rate > 0  # of none nothing is said
+        return [*note, *left * known] if self.rated else [*(pace + left) * known, *note]
 
     def _show(self, done: int, total: int) -> None:
         from tqdm import tqdm
@@ -97,6 +112,7 @@ class ProgressBar:
             self._bar = tqdm(
                 total=total, desc=printable(self.what), unit=self.unit, initial=self.first,
                 dynamic_ncols=True, smoothing=self.smoothing,
+                bar_format=_WITHOUT_RATE if self.rated else None,
             )  # fmt: skip
         self._bar.total = total
         if note := self.text(done, total):

@@ -192,9 +192,11 @@ def _count_pictures(
         shard["name"]: shard["count"] for shard in shards if any(_lacks(job, shard) for job in jobs)
     }
     progress.total = progress.total or sum(missing.values())
+    progress.there = sum(shard["count"] for shard in shards) - progress.total
 
     def recount(shard: str, times: int) -> None:
         progress.total += times * missing.get(shard, 0)
+        progress.there -= times * missing.get(shard, 0)
 
     return recount
 

@@ -31,7 +31,8 @@ class ExtractProgress:
     # called with a sentence on what is done before the first shard
     note: Callable[[str], None] = lambda text: None
     pictures: int = 0
-    total: int = 0
+    total: int = 0  # that this work has to do
+    there: int = 0  # of complete shards, made before or by other processes meanwhile
     exif_ignored: int = 0  # pictures whose EXIF orientation is not applied
     workers: int = 1
     started: float = field(default_factory=time.perf_counter)

@@ -4,8 +4,6 @@ and how pictures get to it."""
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,6 @@ import click
 
 from featcache.console.option import HelpGroup, Option
 from featcache.console.params import BATCH, CROP_SHARE, Choice, LocalPath, LocalText
-from featcache.console.progress_bar import eta
 from featcache.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -178,22 +175,10 @@ def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
         if stage not in bars:
             close()
             unit = stage if stage in ("epochs", "fits", "classes") else "pictures"
-            bars[stage] = ProgressBar(stage, unit, _pace(time.monotonic()))
+            bars[stage] = ProgressBar(stage, unit, first=done)  # a resumed run begins late
         bars[stage](done, total)
 
     try:
         yield show
     finally:
         close()
-
-
-def _pace(started: float) -> Callable[[int, int], str]:
-    """Return what a line says of rate and time left; a bar at a terminal has its own."""
-
-    def text(done: int, total: int) -> str:
-        if sys.stderr.isatty():
-            return ""
-        rate = done / max(time.monotonic() - started, 1e-9)
-        return f"{rate:.1f} a second, {eta(total - done, rate)}"
-
-    return text

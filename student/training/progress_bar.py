@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
-from featcache.console.progress_bar import ProgressBar, eta
+from featcache.console.progress_bar import ProgressBar
 from student.training import metrics, preemption
 
 # of a row of metrics
@@ -43,10 +42,9 @@ class TrainProgress:
 
     def __init__(self, total: int, first: int, steps_per_epoch: int, speaks: bool) -> None:
         self.total, self.first, self.steps_per_epoch = total, first, steps_per_epoch
-        self._started = time.monotonic()
         self._row: dict[str, Any] = {}
         self.bar = ProgressBar(
-            "train", "steps", self._text, first=first, smoothing=0.1, enabled=speaks
+            "train", "steps", self._text, first=first, rated=True, smoothing=0.1, enabled=speaks
         )
         self.bar(first, total)
 
@@ -63,13 +61,7 @@ class TrainProgress:
             preemption.note_stopping()
 
     def _text(self, done: int, total: int) -> str:
-        shown = line(self._row, self.steps_per_epoch) if self._row else ""
-        return shown if sys.stderr.isatty() else f"{shown}{'  ' * bool(shown)}{self._eta(done)}"
-
-    def _eta(self, done: int) -> str:
-        """Write the time left by the pace since this process began: earlier steps say nothing."""
-        passed = max(time.monotonic() - self._started, 1e-9)
-        return eta(self.total - done, (done - self.first) / passed)
+        return line(self._row, self.steps_per_epoch) if self._row else ""
 
 
 def line(row: dict[str, Any], steps_per_epoch: int) -> str:

@@ -649,8 +649,13 @@ def test_a_log_gets_a_line_of_progress(
         "--out",
         tmp_path / "c",
     )
-    ran = featcache_command("extract", "--teacher", teacher, *options)
-    assert re.search(
-        r"\d+ of \d+ pictures, [\d.]+ pictures/s, ETA \d\d:\d\d:\d\d, slowest: (decode|teacher)",
-        ran.err,
-    )
+    ran = featcache_command("extract", "--teacher", teacher, *options, "--rows-per-shard", 4)
+    line = r"{} of 11 pictures, [\d.,]+ pictures/s, ETA \d\d:\d\d:\d\d, slowest: (decode|teacher)"
+    assert re.search(line.format(r"\d+"), ran.err)
+    # what is there already is counted, and no shard is taken twice
+    (tmp_path / "c/shards/000001.json").unlink()
+    ran = featcache_command("extract", "--teacher", teacher, *options, "--rows-per-shard", 4)
+    told = [int(match[1]) for match in re.finditer(line.format(r"(\d+)"), ran.err)]
+    assert told
+    assert told[0] > 7
+    assert told[-1] == 11

@@ -116,13 +116,13 @@ def test_at_a_terminal_the_log_has_lines_beside_the_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    clock = iter([100.0, 131.0, 131.0])
+    clock = iter([100.0, 100.0, 131.0, 131.0])
     text.copy_lines_to(log_file.LogFile(tmp_path / "log"))
-    bar = ProgressBar("verify", "shards")
     with monkeypatch.context() as patch:
         patch.setattr("featcache.console.progress_bar.time.monotonic", lambda: next(clock, 131.0))
+        bar = ProgressBar("verify", "shards")
         bar(1, 8)
         bar(2, 8)
         bar.close()
-    assert lines(tmp_path / "log") == ["verify: 2 of 8 shards"]
+    assert lines(tmp_path / "log") == ["verify: 2 of 8 shards, 0.1 shards/s, ETA 00:01:33"]
     assert "verify: 2 of 8" not in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import calendar
 import json
+import re
 import sys
 import time
 
@@ -70,17 +72,50 @@ def test_a_log_gets_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None at once, so that short work says nothing."""
-    clock = iter([100.0, 110.0, 140.0, 140.0, 150.0, 171.0, 171.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("time.gmtime", lambda: time.struct_time((2026, 3, 4, 5, 6, 7, 0, 0, 0)))
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    then = calendar.timegm((2026, 3, 4, 5, 6, 7))
+    gmtime = time.gmtime
+    monkeypatch.setattr("time.gmtime", lambda *seconds: gmtime(*(seconds or (then,))))
     bar = ProgressBar("verify", "shards", lambda done, total: f"{100 * done // total} %")
-    for done in range(1, 6):
+    for done, clock[0] in ((1, 100.0), (2, 110.0), (3, 140.0), (4, 150.0), (5, 171.0)):
         bar(done, 8)
     bar.close()
+    # 3 in 40 s: 5 more in 66.7 s; 5 in 71 s: 3 more in 42.6 s
     assert capsys.readouterr().err == (
-        "2026-03-04T05:06:07Z verify: 3 of 8 shards, 37 %\n"
-        "2026-03-04T05:06:07Z verify: 5 of 8 shards, 62 %\n"
+        "2026-03-04T05:06:07Z verify: 3 of 8 shards, 0.1 shards/s, ETA 00:01:06, 37 %\n"
+        "2026-03-04T05:06:07Z verify: 5 of 8 shards, 0.1 shards/s, ETA 00:00:42, 62 %\n"
     )
+
+
+def test_what_an_earlier_command_did_is_shown_and_makes_no_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """900 of 1,000 were there; 20 more took 40 s, so 80 more take 160 s."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    bar = ProgressBar("extract", "pictures", first=900)
+    bar(900, 1000)
+    clock[0] = 40.0
+    bar(920, 1000)
+    bar.close()
+    line = capsys.readouterr().err.partition(" ")[2]
+    assert line == "extract: 920 of 1000 pictures, 0.5 pictures/s, ETA 00:02:40\n"
+
+
+def test_a_bar_has_one_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own, or that of its text."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for rated in (False, True):
+        bar = ProgressBar("train", "steps", lambda done, total: "8 images/s", rated=rated)
+        bar(1, 10)
+        bar.close()
+        shown = capsys.readouterr().err
+        assert "1/10" in shown
+        assert "8 images/s" in shown
+        assert (re.search(r"steps/s|s/steps", shown) is None) == rated
 
 
 def test_a_terminal_gets_a_bar(

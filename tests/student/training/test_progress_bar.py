@@ -91,7 +91,7 @@ def test_a_log_has_a_line_every_half_minute_and_one_of_the_end(
         said, (28, 36, 39), ("00:04:48", "00:04:16", "00:04:04"), strict=True
     ):
         begin = rf"{stamp} train: {done} of 100 steps, epoch [\d.]+  loss 1\.2346 "
-        assert re.fullmatch(rf"{begin}.*  812 images/s .*  ETA {left}", text), text
+        assert re.fullmatch(rf"{begin}.*  812 images/s .*, ETA {left}", text), text
     assert "\r" not in out.getvalue()
 
 
@@ -122,7 +122,7 @@ def test_an_evaluation_shows_a_bar_a_stage_or_lines(
     with eval_options.stage_bars() as progress:
         progress("train", 4, 9)
         progress("train", 9, 9)
-    line = r"[\d-]{10}T[\d:]{8}Z train: 9 of 9 pictures, [\d.]+ a second, ETA 00:00:00\n"
+    line = r"[\d-]{10}T[\d:]{8}Z train: 9 of 9 pictures, [\d.,]+ pictures/s, ETA 00:00:00\n"
     assert re.fullmatch(line, out.getvalue())
 
 
