@@ -27,6 +27,7 @@ from hypothesis import settings
 from PIL import Image
 
 from featcache.pictures import beton
+from featcache.runtime import signals
 from tests.browser import chromium  # noqa: F401 (a fixture)
 
 # One thread, here and in every process a test starts: bit-equality is promised for one number of
@@ -69,6 +70,17 @@ def waves(height: int, width: int, phase: float = 0.0) -> np.ndarray:
     y, x = np.mgrid[:height, :width].astype(np.float64)
     parts = [np.sin(x / (5 + c) + phase) + np.cos(y / (7 - c) - 2 * phase) for c in range(3)]
     return np.clip(np.round(np.stack(parts, -1) * 60 + 128), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_stay() -> Iterator[None]:
+    """A command that runs in this process may leave its handlers of signals: a program ends then,
+    and this one goes on."""
+    before = {number: signal.getsignal(number) for number in (*signals.NOTICES, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 def make_photos(root: Path) -> Path:

@@ -62,7 +62,7 @@ def test_it_is_one_line(line: str, place: Path, monkeypatch: pytest.MonkeyPatch)
     cli = student_cli if words[0] in ("train", "eval") else featcache_cli
     error = CliRunner().invoke(cli, words, standalone_mode=False).exception
     assert error is not None
-    failure = entry._failure_of(error, 1)
+    failure = entry._failure_of(error)
     assert failure is not None, repr(error)
     assert failure.status in (1, 2)
     assert {path.name for path in place.iterdir()} <= {"p", "c", "o"}

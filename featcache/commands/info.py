@@ -81,7 +81,7 @@ def _weights(about: Mapping[str, Any]) -> dict[str, str]:
     name stands for, and their hash."""
     return {
         "weights": about["provenance"]["weights"],
-        "hash": about["identity"]["teacher"]["weight_hash"],
+        "hash": about["identity"]["teacher"].get("weight_hash", ""),
     }
 
 
@@ -95,7 +95,7 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
         f"{identity['store']} store, {_form(facts)}, codec {identity['codec']}, "
         f"tokens {_tokens(identity)}",
         *(
-            f"weights of {name}: {about['weights']}, hash {about['hash']}"
+            f"weights of {name}: {about['weights']}, hash {about['hash'] or 'not recorded'}"
             for name, about in facts["weights"].items()
         ),
         "views: " + ", ".join(f"{key} {value}" for key, value in identity["policy"].items()),

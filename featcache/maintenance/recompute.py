@@ -92,7 +92,7 @@ def _same_teacher(cache: Cache, weights: str | None, device: str, named: Sequenc
     where = f"cache {str(cache.path)!r}"
     spec = teachers.recorded_spec(cache.identity["teacher"]["name"], named, where, "--teacher")
     teacher = precision.configure_like(teachers.load(spec, given, device), cache.identity)
-    here, there = weight_hash(teacher), cache.identity["teacher"]["weight_hash"]
+    here, there = weight_hash(teacher), cache.identity["teacher"].get("weight_hash", "")
     if here != there:
         raise IdentityError(
             f"weights {given!r} have hash {here}, the cache was made with {there}; give those with "

@@ -103,7 +103,7 @@ def _load_same(request: RunRequest, found: MatchedCache) -> Teacher:
 
 
 def _check_hash(teacher: Teacher, weights: str | None, identity: dict[str, Any]) -> None:
-    if weight_hash(teacher) != identity["weight_hash"]:
+    if weight_hash(teacher) != identity.get("weight_hash", ""):
         raise IdentityError(
             f"weights {weights!r} have hash {weight_hash(teacher)}, the cache was made with "
             f"{identity['weight_hash']}; give those with --weights, or leave --cache out"
