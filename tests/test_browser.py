@@ -67,6 +67,7 @@ def test_a_page_wider_than_the_screen(tmp_path: Path) -> None:
     assert _open(tmp_path, '<div style="width: 500px">wide</div>').overflow_px >= 140
 
 
+@pytest.mark.slow
 def test_requests_and_errors_are_told(tmp_path: Path) -> None:
     """Without the policy of our pages a request goes out, and a script runs; with it the browser
     refuses both, and says so."""

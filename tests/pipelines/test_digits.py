@@ -65,6 +65,7 @@ def test_teacher_and_student_of_one_seed_start_apart() -> None:
     assert digits.start_of(7) == "random:1007"
 
 
+@pytest.mark.slow
 def test_training_is_repeatable_and_draws_from_no_global_generator(
     few: Bunch, tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_training_learns(tmp_path: Path) -> None:
     assert digits.accuracy(vit, test) > 20  # a guess is right for 10 in 100
 
 
+@pytest.mark.slow
 def test_the_command_leaves_shards_and_a_teacher_that_featcache_loads(
     few: Bunch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

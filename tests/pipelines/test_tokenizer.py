@@ -83,6 +83,7 @@ def test_words_are_drawn_in_proportion() -> None:
     assert second_left.mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 20_000))
 
 
+@pytest.mark.slow
 def test_training_is_repeatable_and_draws_from_no_global_generator(few: Path) -> None:
     source = open_source(f"{few}/data/train-*.tar")
     before = torch.get_rng_state()
@@ -117,6 +118,7 @@ def test_quality_by_hand(few: Path) -> None:
     assert found["explained"] == pytest.approx(0.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_tokenizer_that_extract_adds(
     few: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

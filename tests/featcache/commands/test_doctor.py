@@ -403,7 +403,7 @@ def test_pictures_that_are_there(
         assert doctor()["FEATCACHE_IMAGES"]["value"] == repr(str(images))
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("made", ["KeyboardInterrupt", "ImportError('cut short')"])
 def test_stopped_while_it_works(start: Callable[..., Running], tmp_path: Path, made: str) -> None:
     """A signal within a check, and what a library may make of it, is no finding: one line, and

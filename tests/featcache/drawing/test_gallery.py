@@ -365,6 +365,7 @@ def test_a_record_is_shown_by_such_a_name(
 # ------------------------------------------------------------------ choosing rows
 
 
+@pytest.mark.slow
 def test_rows_are_chosen_by_the_seed() -> None:
     assert row_choice.by_seed(5, 1000, 3) == row_choice.by_seed(5, 1000, 3)
     assert row_choice.by_seed(5, 1000, 3) != row_choice.by_seed(5, 1000, 4)

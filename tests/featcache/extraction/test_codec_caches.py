@@ -181,6 +181,7 @@ def test_three_processes_at_once_give_the_same_bytes(
     assert files_below(tmp_path / "c") == files_below(cc.made(pictures, codec="t3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_stopped_by_hand_before_the_state_is_there(
     pictures: Path, tmp_path: Path, start: Start, number: signal.Signals

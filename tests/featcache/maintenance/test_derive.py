@@ -175,6 +175,7 @@ def test_pixels_stay(pictures: Path, tmp_path: Path) -> None:
     assert_as_extracted(tmp_path / "c", direct)
 
 
+@pytest.mark.slow
 def test_of_an_archive_and_of_format_3(pictures: Path, tmp_path: Path) -> None:
     transfer.copy(cc.made(pictures), tmp_path / "archive", compress=True)
     derive(tmp_path / "archive", tmp_path / "a", codec="t3")

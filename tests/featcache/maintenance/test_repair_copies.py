@@ -289,7 +289,7 @@ def test_a_stopped_repair_leaves_the_shard_it_had_in_hand(
     assert files_below(cache) == whole
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stopped_copy_keeps_whole_shards_and_continues(
     pictures: Path, tmp_path: Path, start: Start, number: signal.Signals

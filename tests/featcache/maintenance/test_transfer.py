@@ -348,6 +348,7 @@ def test_any_choice_holds_the_numbers_of_the_source(
 # ---------------------------------------------------------------- archives
 
 
+@pytest.mark.slow
 def test_an_archive_and_back_is_the_same_to_the_byte(grown: Path, tmp_path: Path) -> None:
     """With all that was added; killed and continued as any copy."""
     assert transfer.copy(grown, tmp_path / "archive", compress=True) == []

@@ -238,6 +238,7 @@ def test_the_hash_is_the_tokenizers_own() -> None:
     assert weight_hash(TokenizerTeacher(own)) == weight_hash(own) != plain
 
 
+@pytest.mark.slow
 def test_precision_and_compilation_reach_the_network() -> None:
     network = Dvae("random:0", width=4, vocabulary=64, input_px=SIZE)
     network.name = "dvae"

@@ -127,6 +127,7 @@ def compare(pictures: Path, folder: Path, teacher: str, store: str, kills: int) 
     pytest.fail(f"only {died} of {kills} writers could be killed at work, in {10 * kills} caches")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
 def test_killed_writers_leave_the_same_bytes(pictures: Path, tmp_path: Path, store: str) -> None:
     compare(pictures, tmp_path, SYNTHETIC, store, kills=6)

@@ -37,6 +37,7 @@ def test_the_tower_sees_pixels_by_imagenets_statistics(tmp_path: Path) -> None:
     assert not torch.allclose(ours, plain, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [("", OPENAI), (",pixels=own", OPENAI), (",pixels=imagenet", (MEAN, STD))],

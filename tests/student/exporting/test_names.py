@@ -173,7 +173,7 @@ def test_names_and_shapes(size: str, family: str) -> None:
     assert (found.eps, found.depth, found.mlp_width) == (1e-6, depth, 4 * width)
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "size"), [each for each in BUILT if each[0] != "conv_vit"])
 def test_timm_builds_what_the_run_has(size: str, family: str) -> None:
     about = settings(size)

@@ -161,13 +161,13 @@ def check_case_in_bf16(case: tuple[str, ...]) -> None:
     torch.testing.assert_close(compiled, losses, rtol=1e-2, atol=0)
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @each
 def test_one_graph_that_equals_the_plain_model(case: tuple[str, ...]) -> None:
     check_case(case)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @each
 def test_one_graph_of_checkpointed_blocks_in_bf16(case: tuple[str, ...]) -> None:
     check_case_in_bf16(case)
@@ -187,6 +187,7 @@ def test_one_graph_whatever_the_settings(
     check_case_in_bf16(case)
 
 
+@pytest.mark.slow
 def test_a_break_and_a_second_compilation_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above would see them."""
     from student.recipes import mae

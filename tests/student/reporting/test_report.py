@@ -312,6 +312,7 @@ def test_a_file_that_is_no_report_is_left_alone(runs: Path, tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [

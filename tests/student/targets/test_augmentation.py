@@ -381,6 +381,7 @@ def draws(option: Augmentation, steps: int, size: int) -> tuple[np.ndarray, np.n
     return np.stack([d["mix_lam"] for d in drawn]), np.stack([d["mix_box"] for d in drawn])
 
 
+@pytest.mark.slow
 def test_shares_and_law_of_lambda() -> None:
     option = Augmentation(mixup=0.8, mix_prob=0.7, switch_prob=0.4)
     lam, box = draws(option, 4000, 224)

@@ -85,6 +85,7 @@ def ids() -> str:
     return f"{folder()}/ids.py/token_ids"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--resident",), ("--aug-repeats", "2")])
 def test_a_recipe_that_wants_both_trains(tmp_path: Path, options: tuple[str, ...]) -> None:
     """And has the losses of the recipe that wants the features alone."""

@@ -124,6 +124,7 @@ def test_a_checkpoint_is_one_file_of_whole_tensors(runs: tuple[Path, Path]) -> N
         assert encoder.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 48)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_exactly(runs: tuple[Path, Path], tmp_path: Path) -> None:
     dying = """
 import student.training.train
