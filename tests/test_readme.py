@@ -166,10 +166,14 @@ def page_block(
 def test_what_the_page_on_the_format_shows(
     place: Path, page_block: Callable[[str], dict[str, Any]]
 ) -> None:
-    assert len(FORMAT_BLOCKS) == 5
+    assert len(FORMAT_BLOCKS) == 6
     with featcache.open(place / CACHE) as cache:
         rows = cache.read([0, cache.keys.find(["n01440764/n01440764_10026"])[0]], 1)["features"]
         keys = list(cache.keys)
+        third = cache.read([0], 2)["features"][0]
+    names = page_block("np.fromfile")
+    np.testing.assert_array_equal(names["third"], third)
+    assert names["first_key"] == keys[0]
     names = page_block("import xarray")
     np.testing.assert_array_equal(names["shard"]["features"].sel(level=12, view=1)[0], rows[0, 1])
     picked = names["by_key"].sel(key="n01440764/n01440764_10026", view=1)["features"].values

@@ -158,7 +158,7 @@ def carry_out(
         return {"cache": None, "complete": True, **choice.record}, why
     check_names(options)
     keep_freed_memory()
-    plans, inputs = build_plans(options)
+    plans, inputs = build_plans(options, say)
     if options.rows_per_shard == "auto":
         plans = with_shards(plans, options.out)
     for_recipes.check_plans(choice, plans)

@@ -13,6 +13,7 @@ from typing import Any
 from featcache.catalog import recipe_needs
 from featcache.errors import UserError, counted, listed
 from featcache.reading.cache import Cache
+from featcache.views import patch_grid
 
 
 def recipe_support(cache: Cache) -> dict[str, str]:
@@ -32,6 +33,8 @@ class StoredFacts:
 
     depth: int  # blocks of its first teacher
     patches: int
+    size: int  # pixels of a view, a side
+    input_px: int | None  # of the teacher's own input
     keep: int | None  # patches stored of a view; None: all
     levels: Collection[int]
     fields: Collection[str]
@@ -44,6 +47,8 @@ def unsupported_reason(cache: Cache, needs: dict[str, Any]) -> str:
     stored = StoredFacts(
         depth=teacher["depth"],
         patches=teacher["patches"],
+        size=cache.identity["policy"]["size"],
+        input_px=teacher.get("input_px"),
         keep=cache.identity.get("keep"),
         levels=cache.levels,
         fields=cache.fields,
@@ -58,6 +63,8 @@ def lacking(stored: StoredFacts, needs: dict[str, Any]) -> str:
     """Say what is not stored of what a recipe needs; empty where all is."""
     if not needs["fields"]:
         return ""
+    if misfit := patch_grid.misfit(stored.size, stored.patches, stored.input_px):
+        return misfit
     wanted = _levels(needs["levels"], stored.depth)
     if wanted.start < 1:
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import enum
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -30,18 +30,29 @@ class Section(enum.StrEnum):
     KEEP = "Keep caches sound"
 
 
+WORDS = "featcache.console.words"  # of a command line, as they were given; in a context's `meta`
+
+
 class _KnowsOptions(click.Command):
     """Answers a mistyped option with near ones; all that are known stand in the help, which click's
-    error names."""
+    error names. `unknown` may say what else a name is."""
+
+    def __init__(
+        self, *args: Any, unknown: Callable[[str], str] = lambda name: "", **attrs: Any
+    ) -> None:
+        super().__init__(*args, **attrs)
+        self.unknown = unknown
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = list(args)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             close = ", ".join(error.possibilities or ())
-            hint = f": did you mean {close}?" if close else ""
+            hint = f"did you mean {close}?" if close else ""
+            hint = self.unknown(error.option_name) or hint
             name = short(error.option_name)
-            raise click.UsageError(f"unknown option {name}{hint}", ctx) from None
+            raise click.UsageError(f"unknown option {name}{': ' * bool(hint)}{hint}", ctx) from None
 
 
 class Command(_KnowsOptions):

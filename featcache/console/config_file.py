@@ -17,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from featcache.console import config_text, config_value, log_file
+from featcache.console.command import WORDS
 from featcache.console.option import HelpGroup, Option
 from featcache.console.params import LocalPath
 from featcache.console.text import echo
@@ -170,6 +171,11 @@ def _resume(rules: Rules, ctx: click.Context, param: click.Parameter, run: Any) 
     """Let the options that a run was made with be the defaults of this call, checked."""
     if run is not None and not ctx.resilient_parsing:
         assert rules.recorded is not None
+        if not any(word.startswith("--resume") for word in ctx.meta.get(WORDS, ())):
+            raise UsageError(
+                f"unexpected argument {str(run)!r}: a run is named after --resume, and a value "
+                "with a name is joined to it, as in --set lr=1e-3"
+            )
         _take(rules, ctx, {**rules.recorded(run), "out": str(run)}, "--resume", run)
     return run
 

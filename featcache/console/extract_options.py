@@ -5,13 +5,15 @@ Libraries are imported where they are used, so that `--help` needs no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from featcache.console.params import require_images
 from featcache.errors import UsageError
-from featcache.views import pixel_path
+from featcache.storage import manifest
+from featcache.views import patch_grid, pixel_path
 from featcache.views.policy import AREA, Policy, load_policy
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ def _devices(options: ExtractOptions) -> list[str]:
     return [pick_device(options.device)]
 
 
-def build_plans(options: ExtractOptions) -> tuple[list[Plan], Inputs]:
+def build_plans(options: ExtractOptions, say: Callable[[str], None]) -> tuple[list[Plan], Inputs]:
     """Load each teacher and join it with what is to be stored of it."""
     from featcache.extraction.options import per_teacher, weights_per_teacher
 
@@ -128,7 +130,34 @@ def build_plans(options: ExtractOptions) -> tuple[list[Plan], Inputs]:
     weights = weights_per_teacher(options.weights, options.names)
     inputs = open_inputs(options)
     plans = [_plan(options, inputs, name, levels[name], weights[name]) for name in options.names]
-    return plans, inputs
+    policy = _fitting_policy(options, plans[0], say)
+    return [replace(plan, policy=policy) for plan in plans], inputs._replace(policy=policy)
+
+
+def _fitting_policy(options: ExtractOptions, plan: Plan, say: Callable[[str], None]) -> Policy:
+    """Return the policy with views of a size that a student's patches can be cut from: where none
+    is given, that of the first teacher's own input."""
+    policy, teacher = plan.policy, plan.teacher
+    why = patch_grid.misfit(policy.size, teacher.patches, teacher.input_px)
+    is_free = options.size is None and options.policy_name == "default"
+    if (
+        why
+        and is_free
+        and not _adds_to(options, policy.size)
+        and patch_grid.patch_px(teacher.input_px, teacher.patches)
+    ):
+        say(f"note: views of {teacher.input_px} pixels, as the teacher's input: {why}")
+        return replace(policy, size=teacher.input_px)
+    if why:
+        say(f"note: {why}: no student can be trained by its tokens")
+    return policy
+
+
+def _adds_to(options: ExtractOptions, size: int) -> bool:
+    """Return whether views are added to a cache of views of this size."""
+    if not options.add or options.out is None or not (options.out / manifest.NAME).is_file():
+        return False
+    return bool(manifest.read(options.out)["identity"]["policy"]["size"] == size)
 
 
 def _plan(

@@ -6,7 +6,6 @@ is part of what the cache is: the options that were chosen, spelled out, make th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -185,6 +184,8 @@ def _stored(plans: Sequence[Plan]) -> serves.StoredFacts:
     return serves.StoredFacts(
         depth=first.teacher.depth,
         patches=first.teacher.patches,
+        size=first.policy.size,
+        input_px=first.teacher.input_px,
         keep=first.keep,
         levels=first.levels,
         fields=[*(array.name for array in first.arrays), *beside],
@@ -195,13 +196,7 @@ def _stored(plans: Sequence[Plan]) -> serves.StoredFacts:
 def _misfit(plans: Sequence[Plan], needs: RecipeNeeds) -> str:
     """Say how the student's grid, or what is read of another teacher, does not fit."""
     first, *others = plans
-    patches, size = first.teacher.patches, first.policy.size
-    side = math.isqrt(patches)
-    if side * side != patches or size % side:
-        return (
-            f"views of {size} pixels (--size) cannot be cut into "
-            f"{counted(patches, 'patch', 'patches')}"
-        )
+    patches = first.teacher.patches
     for plan in others:
         name = plan.teacher.name
         read = [field for field in needs.fields if field.rpartition("/")[0] == name]

@@ -114,9 +114,11 @@ def family(name: str) -> ModuleType:
         return found
     own = [p for module in modules() if (p := _own_prefix(module)) and p not in module.NAMES]
     prefixes = [f"{prefix}:NAME" for prefix in (*own, *announced.prefixes())]
+    # by its look: no library is imported to refuse a name
+    of_timm = f"if it is one of timm's, timm:{name}; " if "_patch" in name and not prefix else ""
     raise UsageError(
-        f"unknown teacher {name!r}: {near(name, [*model_cards(), *prefixes])}; or your own file, "
-        "./mine.py"
+        f"unknown teacher {name!r}: {of_timm}{near(name, [*model_cards(), *prefixes])}; or your "
+        "own file, ./mine.py"
     )
 
 

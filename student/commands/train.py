@@ -21,6 +21,18 @@ def _settings(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return merged_values(recipes.load(given["recipe_name"]).Config, given)
 
 
+def _setting(option: str) -> str:
+    """Say that an unknown option is a setting of recipes, which --set gives."""
+    import dataclasses
+
+    from student import recipes
+
+    key = option.lstrip("-").replace("-", "_")
+    kinds = (recipes.load(name).Config for name in recipes.names())
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    return f"it is a setting of the recipe: --set {key}=VALUE" if key in known else ""
+
+
 def _recorded(run: Path) -> dict[str, Any]:
     """Return the options that a run was made with."""
     from student.setup import recorded_options
@@ -43,6 +55,7 @@ def _recorded(run: Path) -> dict[str, Any]:
     cls=Command,
     section=Section.TRAIN,
     short_help="Train a student by a recipe.",
+    unknown=_setting,
     params=train_parameters.parameters(),
     epilog="Examples:\n  student train --images train/ --epochs 200\n"
     "  student train --recipe mralign --cache caches/clip-b16-1a2b3c4d "

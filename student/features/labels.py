@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache import rng
-from featcache.errors import UsageError, UserError, counted, near
+from featcache.errors import UsageError, UserError, command_line, counted, near
 from featcache.pictures.classes import MOST_CLASSES, NAME
 from featcache.pictures.source import Source
 
@@ -49,8 +49,9 @@ def _given(source: Source) -> I64:
         raise UserError(
             f"cannot evaluate on {source.spec}: its "
             f"{counted(len(source), 'picture has', 'pictures have')} no labels; labels "
-            "are class folders (SRC/CLASS/picture.png) or the .cls members of webdataset tars; "
-            "arrange the pictures so, or pack them with `featcache pack`"
+            "are class folders (SRC/CLASS/picture.png), the .cls members of webdataset tars, a "
+            f"table, {command_line(f'{source.spec}#labels=FILE.csv')}, or the beginnings of keys, "
+            "#labels=prefix"
         )
     return np.asarray(source.labels, np.int64)
 
@@ -82,8 +83,8 @@ def labels_as(source: Source, train: Source) -> I64:
     unknown = sorted(set(present) - set(number))
     if unknown:
         raise UserError(
-            f"cannot score {source.spec}: {len(unknown)} of its classes are not among the training "
-            f"pictures', the first is {unknown[0]!r} ({near(unknown[0], number)[:300]}); give "
+            f"cannot score {source.spec}: {len(unknown)} of its classes have no training "
+            f"pictures, the first is {unknown[0]!r} ({near(unknown[0], number)[:300]}); give "
             "training and test pictures with the same classes"
         )
     return np.array([number.get(name, -1) for name in source.classes], np.int64)[labels]

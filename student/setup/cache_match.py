@@ -9,17 +9,17 @@ checked for existence and size when it is opened, its rows as they are read.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from featcache.errors import UsageError, UserError, command_line, counted
+from featcache.errors import UsageError, UserError, command_line
 from featcache.maintenance import verify
 from featcache.reading.cache import Cache
 from featcache.storage import codec_state
+from featcache.views import patch_grid
 from student.config import OutputConfig, RecipeConfig, Settings, build_config
 from student.recipes import TargetSpec
 from student.setup.missing import keeps_few, kept_text, lacks_attention, missing
@@ -105,7 +105,7 @@ def cache_facts(identity: dict[str, Any]) -> dict[str, Any]:
     teacher, size = identity["teacher"], identity["policy"]["size"]
     return {
         "img_size": size,
-        "patch_size": patch_size(size, teacher["patches"]),
+        "patch_size": patch_size(size, teacher["patches"], teacher.get("input_px")),
         "teacher": teacher["name"],
         "teacher_depth": teacher["depth"],
         "teacher_width": teacher["width"],
@@ -130,16 +130,14 @@ def output_facts(tail: Mapping[str, Any], width: int) -> dict[str, Any]:
     return {"teacher_out": tail["proj"].shape[1] if "proj" in tail else width}
 
 
-def patch_size(size: int, patches: int) -> int:
+def patch_size(size: int, patches: int, input_px: int | None = None) -> int:
     """Return the pixels a side of a student's patch on the teacher's square grid."""
-    side = math.isqrt(patches)
-    if side * side != patches or size % side:
+    pixels = patch_grid.patch_px(size, patches)
+    if pixels is None:
         raise UserError(
-            f"views of {size} pixels cannot be cut into the teacher's "
-            f"{counted(patches, 'patch', 'patches')}; extract "
-            "at another --size"
+            f"{patch_grid.misfit(size, patches, input_px)}; extract with another --size"
         )
-    return size // side
+    return pixels
 
 
 def open_given(

@@ -445,3 +445,21 @@ def test_eval_on_what_is_not_there(run: Path, labelled: Path, tmp_path: Path) ->
     ran = fx.stud("eval", "knn", run)
     assert ran.status == 2
     assert "FEATCACHE_IMAGES" in ran.line
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--lr", "1e-3"), "unknown option '--lr': it is a setting of the recipe: --set lr=VALUE"),
+        (("--mask-ratio=1",), "a setting of the recipe: --set mask_ratio=VALUE"),
+        (("--foo",), "unknown option '--foo': did you mean"),
+        (("--set", "lr", "1e-3"), "unexpected argument '1e-3': a run is named after --resume"),
+        (("runs/a",), "unexpected argument 'runs/a'"),
+    ],
+)
+def test_what_is_given_in_the_wrong_place_is_told_its_own(
+    words: tuple[str, ...], told: str
+) -> None:
+    ran = fx.stud("train", *words)
+    assert ran.status == 2
+    assert told in ran.line

@@ -175,7 +175,7 @@ def test_a_refusal_is_one_line_before_anything_is_read(line: str, message: str) 
         ("maskalign", ("--levels", "6"), "--levels 6, levels 2, 3, 4, 5 are not stored (--levels "),
         ("milan", (), "its teacher has no projection (student train --set target=f)"),
         ("fd", ("--tokens", "ranked", "--keep", "4"), "--keep 4, 4 patches are kept, all are r"),
-        ("mrmae", ("--size", "30"), "views of 30 pixels (--size) cannot be cut into 16 patches"),
+        ("mrmae", ("--size", "30"), "views of 30 pixels cannot be cut into the teacher's 4 x 4"),
         ("cae", ("--weights", "dvae=random:0"), f"dvae has 196 patches, {SIX} has 16"),
     ],
 )  # fmt: skip

@@ -42,7 +42,12 @@ REFUSED: list[tuple[str, tuple[Option, ...], int, str]] = [
     ("mae", ("--images", flat), 1, "its 8 pictures have no labels"),
     ("mae", ("--images", one_class), 1, "are of one class, two at least are needed"),
     ("mae", ("--test", flat), 1, "its 8 pictures have no labels"),
-    ("mae", ("--test", strange), 1, "4 of its classes are not among the training pictures'"),
+    (
+        "mae",
+        ("--test", strange),
+        1,
+        "4 of its classes have no training pictures",
+    ),
     ("mae", ("--test", ft.test_pictures, "--subset", "x"), 2, "'x' is no test set"),
     ("mae", ("--teacher", "clip-b16"), 2, "either RUN, a run folder, or --teacher SPEC"),
     ("mae", ("--weights", "x.pt"), 2, "--weights is about --teacher"),

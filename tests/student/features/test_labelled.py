@@ -168,7 +168,7 @@ def test_one_class_only_is_refused(tmp_path: Path) -> None:
 
 def test_a_test_class_that_is_not_in_train_is_refused(train: Path, tmp_path: Path) -> None:
     test = pictures(tmp_path / "t", {"cow": 1, "cat": 1})
-    with pytest.raises(UserError, match="1 of its classes are not among the training pictures'"):
+    with pytest.raises(UserError, match="1 of its classes have no training pictures"):
         opened(train, str(test))
 
 

@@ -54,9 +54,12 @@ def test_patch_of_the_student_on_the_teachers_grid(size: int, patches: int, px: 
     assert cache_match.patch_size(size, patches) == px
 
 
-@pytest.mark.parametrize(("size", "patches"), [(32, 15), (33, 16), (224, 225)])
-def test_views_that_cannot_be_cut(size: int, patches: int) -> None:
-    with pytest.raises(UserError, match=f"{size}.*{patches}.*--size"):
+@pytest.mark.parametrize(
+    ("size", "patches", "told"),
+    [(32, 15, "15 patches, which"), (33, 16, "4 x 4 patches"), (224, 225, "15 x 15 patches")],
+)
+def test_views_that_cannot_be_cut(size: int, patches: int, told: str) -> None:
+    with pytest.raises(UserError, match=f"views of {size} pixels .*{told}.*--size"):
         cache_match.patch_size(size, patches)
 
 
