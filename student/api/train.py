@@ -22,7 +22,7 @@ from student.setup import build, recorded_options, train_parameters
 from student.setup.console import Console, Told, Voice
 from student.setup.options import Options
 from student.setup.run_to_end import measure_run, run_to_end
-from student.training import accelerator
+from student.training import accelerator, run_folder
 from student.training.set_aside import generators_kept
 from student.training.train import Run
 
@@ -140,7 +140,11 @@ def carry_out(given: Mapping[str, Any], voice: Voice) -> Told:
             file = options.get("file_settings")
             if file is not None and file.option == "--resume":
                 console.say(f"note: {file}: {recorded_options.told(file.taken)}")
-            run, loader = build.build_run(name, recipe, acc, Options(**options), console.say)
+            chosen = Options(**options)
+            if acc.is_main_process and not dry and not chosen.resume:
+                # before a cache is read, which may take minutes
+                run_folder.check_new(build.run_path(name, chosen))
+            run, loader = build.build_run(name, recipe, acc, chosen, console.say)
             for note in build.rate_notes(run, loader):
                 console.say(note)
             return (measure_run if dry else _train)(run, loader, acc, console)

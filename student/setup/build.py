@@ -37,6 +37,11 @@ DrawMasks = Callable[[HostBatch], dict[str, Tensor]]
 Bool = npt.NDArray[np.bool_]
 
 
+def run_path(recipe: str, options: Options) -> Path:
+    """Return the folder of a run: --out, else one named after recipe and seed."""
+    return options.out or Path("runs") / f"{Path(recipe).stem}-s{options.seed}"
+
+
 def build_run(
     name: str, recipe: ModuleType, acc: Accelerator, options: Options, say: Say
 ) -> tuple[Run, Loader]:
@@ -50,7 +55,7 @@ def build_run(
     probe = probe_plan(request, inputs, acc)
     if options.resident:
         _load_into_memory(inputs.targets, acc, say)
-    out = options.out or Path("runs") / f"{Path(name).stem}-s{options.seed}"
+    out = run_path(name, options)
     start, about = first_weights(options, out, inputs.config.img_size)
     loader = _loader(inputs, options, acc, out)
     run = Run(

@@ -58,7 +58,13 @@ def check(
                 f"--resume: {str(out)!r} is another run: {shown}{more}; give its own arguments"
                 f"{_batch_advice(before.get('data.global_batch'), now)}"
             )
-    elif out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
+    else:
+        check_new(out)
+
+
+def check_new(out: Path) -> None:
+    """Refuse a folder in which something lies, for a run that begins."""
+    if out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
         raise UserError(
             f"--out {str(out)!r} is not empty; continue that run with --resume, or give another "
             "--out"

@@ -711,3 +711,14 @@ def test_other_pictures_of_the_same_number_are_refused(tmp_path: Path) -> None:
     ran = fx.train("maskalign", tmp_path / "run", *options, "--images", two, "--resume")
     assert ran.status == 1
     assert "pictures" in ran.line
+
+
+def test_a_folder_that_is_taken_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    """Neither the cache nor the pictures are there."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").touch()
+    words = ("--images", tmp_path / "none", "--cache", tmp_path / "none")
+    ran = fx.train("mralign", tmp_path / "run", *words)
+    assert ran.status == 1
+    assert ran.line.endswith("is not empty; continue that run with --resume, or give another --out")
+    assert [each.name for each in (tmp_path / "run").iterdir()] == ["mine.txt"]
