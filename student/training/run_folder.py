@@ -19,7 +19,7 @@ import torch
 
 import featcache
 from featcache.console import config_file
-from featcache.errors import UserError, counted
+from featcache.errors import UserError, command_line, counted
 from featcache.runtime import variables
 from featcache.storage import identity, json_file
 from student import checkpoint
@@ -55,8 +55,9 @@ def check(
             others = [key[:80] for key in changed[4:12]] + ["..."] * (len(changed) > 12)
             more = f"; and {', '.join(others)}" if others else ""
             raise UserError(
-                f"--resume: {str(out)!r} is another run: {shown}{more}; give its own arguments"
-                f"{_batch_advice(before.get('data.global_batch'), now)}"
+                f"--resume: {str(out)!r} is another run: {shown}{more}; give its own arguments, "
+                f"as {command_line('student', 'train', '--resume', out)} does by itself, or begin "
+                f"another run with --out NEW{_batch_advice(before.get('data.global_batch'), now)}"
             )
     else:
         check_new(out)
