@@ -21,7 +21,7 @@ from featcache.console.command import WORDS
 from featcache.console.option import HelpGroup, Option
 from featcache.console.params import LocalPath
 from featcache.console.text import echo
-from featcache.errors import UsageError, UserError, near, short
+from featcache.errors import UsageError, UserError, command_line, near, short
 from featcache.runtime import strict_json, values_file
 
 _META = "featcache.config_file"
@@ -171,10 +171,11 @@ def _resume(rules: Rules, ctx: click.Context, param: click.Parameter, run: Any) 
     """Let the options that a run was made with be the defaults of this call, checked."""
     if run is not None and not ctx.resilient_parsing:
         assert rules.recorded is not None
-        if not any(word.startswith("--resume") for word in ctx.meta.get(WORDS, ())):
+        if "--resume" not in ctx.meta.get(WORDS, ("--resume",)):
             raise UsageError(
-                f"unexpected argument {str(run)!r}: a run is named after --resume, and a value "
-                "with a name is joined to it, as in --set lr=1e-3"
+                f"unexpected argument {str(run)!r}: to go on with a run give "
+                f"{command_line('--resume', run)}, for the folder of a new one --out; a value is "
+                "joined to its name, as in --set lr=1e-3"
             )
         _take(rules, ctx, {**rules.recorded(run), "out": str(run)}, "--resume", run)
     return run
@@ -299,12 +300,7 @@ def _run(body: Callable[..., Any], rules: Rules, /, **given: Any) -> Any:
 
 
 def _check_resumed(ctx: click.Context, found: FileSettings, given: Mapping[str, Any]) -> None:
-    """Raise UsageError where RUN is given and not gone on with, or stands beside another --out."""
-    if not given["resume"]:
-        raise UsageError(
-            f"RUN {found.path!r} is the run to go on with: give --resume {found.path}, or --out "
-            "for the folder of a new run"
-        )
+    """Raise UsageError where RUN stands beside another --out."""
     if ctx.get_parameter_source("out") is ParameterSource.COMMANDLINE:
         raise UsageError(
             f"{found} and --out {str(given['out'])!r}: a run goes on in its own folder; leave "

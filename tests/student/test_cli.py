@@ -453,7 +453,7 @@ def test_eval_on_what_is_not_there(run: Path, labelled: Path, tmp_path: Path) ->
         (("--lr", "1e-3"), "unknown option '--lr': it is a setting of the recipe: --set lr=VALUE"),
         (("--mask-ratio=1",), "a setting of the recipe: --set mask_ratio=VALUE"),
         (("--foo",), "unknown option '--foo': did you mean"),
-        (("--set", "lr", "1e-3"), "unexpected argument '1e-3': a run is named after --resume"),
+        (("--set", "lr", "1e-3"), "unexpected argument '1e-3': to go on with a run"),
         (("runs/a",), "unexpected argument 'runs/a'"),
     ],
 )
