@@ -34,6 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_picture_a_view_a_shard_a_step_and_a_process(place: Path) -> None:
     pictures, home = place / "pictures", place
     words = ("--teacher", fx.TEACHER, "--images", pictures, "--size", "32", "--levels", "last:3")

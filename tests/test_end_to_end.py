@@ -236,6 +236,7 @@ def test_the_teacher_in_the_loop_over_a_kept_cache_takes_its_mask(tmp_path: Path
     assert_same_losses(tmp_path / "cached", tmp_path / "online", 1e-3)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_looks_at_a_token_that_was_not_read_is_noticed(tmp_path: Path) -> None:
     """It says that it looks at visible tokens only, and takes the mean of all: the loss is no
     number."""
@@ -450,6 +451,7 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies", ["run_folder.environment", "train._record", "train._metrics"])
 def test_a_run_stopped_while_its_folder_is_made_can_be_started(
     dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -475,7 +477,7 @@ def test_a_run_stopped_while_its_folder_is_made_can_be_started(
 # --- split ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*ALIGNED, "mae"])
 def test_accumulation_equals_a_larger_batch(recipe: str, tmp_path: Path) -> None:
     options = ("--cache", fx.cache_path(), "--steps", "10")
@@ -489,6 +491,7 @@ def test_accumulation_equals_a_larger_batch(recipe: str, tmp_path: Path) -> None
     assert_same_losses(tmp_path / "parts", tmp_path / "whole", 1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_with_clipping_and_the_scaled_rate(tmp_path: Path) -> None:
     """blr and the clipped norm are those of the global batch."""
     sets = ("drop_path=0", "clip_grad=0.5", "lr=null", "blr=0.05")

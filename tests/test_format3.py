@@ -155,7 +155,7 @@ def test_what_is_read_is_what_the_files_hold(old: Path) -> None:
     assert seen.dtype == np.uint64
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_it_is_that_of_format_4(old: Path, tmp_path: Path, kind: str) -> None:
     transfer.convert(old / kind, tmp_path / "new", format=4)

@@ -481,7 +481,7 @@ def test_what_cannot_be_asked() -> None:
 
 
 # tars, where a stream is left before its end
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("layout", peers.LAYOUTS, ids=lambda layout: layout.name)

@@ -59,6 +59,7 @@ def measure(
     return kept, lines
 
 
+@pytest.mark.slow
 def test_what_fails_hangs_or_dies_costs_itself_alone(tmp_path: Path) -> None:
     """Rows that came before are kept, others go on in a fresh process, and no process is left."""
     note = tmp_path / "pid"
@@ -123,6 +124,7 @@ def test_a_log_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
     assert other.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_what_lies_in_a_folder_is_of_its_sizes_and_others_files_stay(tmp_path: Path) -> None:
     """The folder is a person's own, and may be used by a trial first."""
     (tmp_path / "extracted").mkdir()

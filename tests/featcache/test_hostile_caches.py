@@ -54,6 +54,7 @@ def attack(data: st.DataObject, root: Path, origins: dict[str, Path], pictures: 
     here.ask(data.draw(st.sampled_from(list(COMMANDS))))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, suppress_health_check=CHECKS)
 @given(st.data())
 def test_no_json_makes_a_command_fail_otherwise_than_in_a_line(

@@ -227,7 +227,7 @@ def test_a_part_of_a_measurement_is_no_measurement(t4: Path, facts: Any) -> None
     assert "provenance.distortion" in ask("info", t4).line
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "facts",
     [{}, MEASURED, {**MEASURED, "mse": [1e300, 1e300], "cosine": [-1e300] * 2},
@@ -449,7 +449,7 @@ def test_levels_that_are_not_finite_are_told_where_numbers_are_made_of_them(
     assert told == {"fp16": 3, "t4": 2}[codec]  # of t4 no other codec is made
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1e-42, 3e38])
 def test_any_finite_scale_is_read(home: Path, origins: Path, value: float) -> None:
     cache = rewritten(origins / "t4", home / "odd", put_scale(value))

@@ -150,7 +150,7 @@ TAILS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [*map(save, TAILS), b"", b"\xff" * 100, b"{}", bytes(8) + b"{}"])
 def test_the_end_of_a_teacher_that_is_none(
     home: Path, origins: dict[str, Path], pictures: Path, data: bytes

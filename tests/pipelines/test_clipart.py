@@ -57,6 +57,7 @@ def test_classes_are_balanced_and_words_are_of_one_part(library: Path, tmp_path:
     assert len(train | test) > 6
 
 
+@pytest.mark.slow
 def test_a_seed_chooses_and_the_same_seed_chooses_the_same(library: Path, tmp_path: Path) -> None:
     names = []
     for number, seed in enumerate((0, 0, 1)):
@@ -110,6 +111,7 @@ def test_what_is_missing_is_said(library: Path, tmp_path: Path) -> None:
         clipart.write_pictures(library, tmp_path / "out", seed=0)
 
 
+@pytest.mark.slow
 def test_the_command_leaves_shards_and_a_teacher_that_featcache_loads(
     library: Path,
     tmp_path: Path,

@@ -28,6 +28,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Bunch:
     return cut
 
 
+@pytest.mark.slow
 def test_the_split_is_1400_to_397_of_different_digits(tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=0)
     train, test = (open_source(tmp_path / part) for part in ("train", "test"))

@@ -52,6 +52,7 @@ def write_run(path: Path, parts: dict[str, float], steps: int = 90) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(cache: Cache, photos: Path, tmp_path: Path) -> None:
     runs = {
         "mae": write_run(tmp_path / "mae", {"loss": 2.0, "pixel": 2.0}),

@@ -30,6 +30,7 @@ def names(value: object) -> str:
     return str(value)[:12]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(("key", "value"), SETTINGS, ids=names)
 def test_a_setting_is_refused_by_its_name(key: str, value: str, tmp_path: Path) -> None:
     given = ("--cache", fx.cache_path(), "--steps", 1)

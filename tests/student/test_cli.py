@@ -377,6 +377,7 @@ def test_eval_and_train_say_what_the_pictures_source_passes_over(tmp_path: Path)
     assert ran.err.count(said) == 1
 
 
+@pytest.mark.slow
 def test_knn_of_a_run_by_hand(run: Path, labelled: Path, tmp_path: Path) -> None:
     """1-NN on given train and test folders: the encoder run directly, cosines in numpy, the nearest
     class."""

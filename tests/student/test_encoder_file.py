@@ -59,6 +59,7 @@ def test_it_is_the_encoder_of_the_newest_checkpoint(recipe: str, tmp_path: Path)
     assert (told, net.training) == (about, False)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_one_has_its_head(tmp_path: Path) -> None:
     fx.good(ft.finetune("mae", tmp_path / "run"))
     net, told = checkpoint.load_encoder_file(tmp_path / "run" / NAME)

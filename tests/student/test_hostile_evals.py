@@ -102,7 +102,7 @@ def a_zip() -> bytes:
 SHAPED = "{{'descr': '<f4', 'fortran_order': False, 'shape': {}, }}\n"
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [
@@ -202,6 +202,7 @@ def strange_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow_after(1)
 def test_a_file_of_names_that_is_none(
     run: Path, labelled: Path, tmp_path: Path, strange_file: Path
 ) -> None:
@@ -277,6 +278,7 @@ def test_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) ->
 # --- absurd numbers and pictures ------------------------------------------------------------------
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -296,6 +298,7 @@ def test_numbers_that_cannot_be_meant(
     assert told in ran.line
 
 
+@pytest.mark.slow
 def test_a_line_of_pixels_is_not_enlarged_to_gigabytes(
     run: Path, labelled: Path, tmp_path: Path
 ) -> None:

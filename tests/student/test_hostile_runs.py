@@ -272,6 +272,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(name: str, world: World) -> No
     assert f"{name}' is no plain file" in world.attack("resume").line
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("what", ["model", "exp_avg"])
 @pytest.mark.parametrize("command", ["resume", "eval"])
 def test_quantised_values_in_a_checkpoint_are_one_line(
@@ -288,6 +289,7 @@ def test_quantised_values_in_a_checkpoint_are_one_line(
         assert path.name in ran.line
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -333,7 +335,7 @@ def test_a_checkpoint_that_is_no_file(kind: str, world: World) -> None:
         assert "holds step 2, its name another" in ran.line
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step-x.pt", "step--1.pt", "step-00000001.pt.bak", "step-9.pt"])
 def test_other_names_are_no_checkpoints(name: str, world: World) -> None:
     (world.run / "checkpoints" / name).write_text("mine")
@@ -342,6 +344,7 @@ def test_other_names_are_no_checkpoints(name: str, world: World) -> None:
     assert (world.run / "checkpoints" / name).read_text() == "mine"
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("group", "value"), [("weight_decay", 0.5), ("betas", (0.1, 0.2)), ("eps", 1.0)]
 )

@@ -121,6 +121,7 @@ def test_a_damaged_checkpoint_is_the_one_that_is_named(run: Path, labelled: Path
 # --- results --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_result_is_a_line_in_the_run_and_at_home(
     run: Path, labelled: Path, home: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +193,7 @@ def test_what_a_protocol_cannot_do_is_one_line(run: Path, labelled: Path, tmp_pa
     assert "--weights is about --teacher, and RUN is evaluated" in ran.line
 
 
+@pytest.mark.slow
 def test_results_of_other_classes_or_weights_lie_beside_each_other(
     run: Path, labelled: Path, home: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +217,7 @@ def test_results_of_other_classes_or_weights_lie_beside_each_other(
     assert len(list((home / "evals").glob("knn-*.json"))) == 2
 
 
+@pytest.mark.slow
 def test_pictures_left_out_are_no_training_pictures(
     run: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -240,6 +243,7 @@ def test_what_training_pictures_chose_is_told(run: Path, labelled: Path) -> None
 # --- kept features --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_second_protocol_reads_no_picture(
     run: Path, labelled: Path, home: Path, tmp_path: Path
 ) -> None:

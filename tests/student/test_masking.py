@@ -210,7 +210,7 @@ def test_blocks_equal_the_generator_in_plain_python(side: int, visible: int) -> 
         assert sorted(keep[row] + masked[row]) == list(range(patches))
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("wanted", "centre", "corner"),
     [(30, 0.29, 0.02), (49, 0.495, 0.03), (98, 0.86, 0.06), (118, 0.94, 0.09)],

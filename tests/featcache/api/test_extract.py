@@ -195,6 +195,7 @@ def test_no_signal_handler_is_changed(photos: Path, tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+@pytest.mark.slow
 def test_in_threads_and_in_a_running_loop(photos: Path, tmp_path: Path) -> None:
     done: dict[str, featcache.ExtractResult] = {}
     threads = [
@@ -284,6 +285,7 @@ def test_other_devices_of_a_command_with_a_file_check_nothing_again(
     assert [word for word in words if word.startswith(("--devices", "--config"))] == []
 
 
+@pytest.mark.slow
 def test_importing_needs_neither_torch_nor_click() -> None:
     code = (
         "import sys, featcache; slow = {'torch', 'click', 'numpy'} & set(sys.modules); "

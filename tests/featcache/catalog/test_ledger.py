@@ -262,6 +262,7 @@ def test_a_folder_for_users_is_enough_where_the_home_is_its_owners(
     assert [run["run"] for run in ledger.runs_of("c")] == ["r"]
 
 
+@pytest.mark.slow
 @as_root
 def test_a_use_of_another_users_cache_is_seen_in_that_home(
     place: Path, tmp_path: Path, open_to_all: Callable[..., None]

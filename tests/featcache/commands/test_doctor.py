@@ -157,6 +157,7 @@ def test_a_home_of_many_caches_is_looked_at_for_a_while(
     assert "featcache ls" in found["advice"]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", ["torch", "numba", "psutil", "packaging.requirements"])
 def test_a_library_that_cannot_be_imported(
     doctor: Any, monkeypatch: pytest.MonkeyPatch, name: str
@@ -255,6 +256,7 @@ def test_the_folder_that_a_variable_gives_numba_is_told(
 # ---------------------------------------------------------------- the machine
 
 
+@pytest.mark.slow
 def test_no_gpu(doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None there; a driver and none found, or a torch without CUDA; all hidden."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -297,6 +299,7 @@ def test_gpus(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wrong products" in doctor()["GPU 0"]["value"]
 
 
+@pytest.mark.slow
 def test_disks_that_are_full_or_nearly(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free = [2 << 20]
     monkeypatch.setattr(
@@ -385,6 +388,7 @@ def test_variables_that_make_no_sense(
     assert "secret" not in json.dumps(found)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("images", ["DIR/none", "DIR/none.beton", "DIR/{0..3}.tar", "gs://a/b"])
 def test_pictures_that_are_not_there(
     doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: str
@@ -393,6 +397,7 @@ def test_pictures_that_are_not_there(
     assert broken(doctor()) == ["FEATCACHE_IMAGES"]
 
 
+@pytest.mark.slow
 def test_pictures_that_are_there(
     doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

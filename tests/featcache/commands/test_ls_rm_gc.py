@@ -399,6 +399,7 @@ def test_gc_knows_no_unused_cache_where_the_ledger_cannot_be_read(
     assert aged.is_dir()
 
 
+@pytest.mark.slow
 def test_gc_unused_lists_and_removes_only_with_yes(
     featcache_command: Command, aged: Path, tmp_path: Path
 ) -> None:

@@ -241,7 +241,7 @@ def test_gc_without_a_terminal_lists_removes_nothing_and_says_what_to_do(
     assert not left.exists()
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "stays"), [("y\n", False), ("n\n", True), ("\n", True)])
 def test_gc_asks_at_a_terminal(cache: Path, dead: str, answer: str, stays: bool) -> None:
     import pty

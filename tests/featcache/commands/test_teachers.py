@@ -67,6 +67,7 @@ def test_facts_of_open_clips_networks(name: str) -> None:
     assert row.hub == open_clip.get_pretrained_cfg(arch, "openai")["hf_hub"].rstrip("/")
 
 
+@pytest.mark.slow
 def test_facts_of_the_tokenizer() -> None:
     """METHODS 4.2: about 26.1 GMAC; 392 bytes of ids."""
     with torch.device("meta"):

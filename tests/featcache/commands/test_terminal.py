@@ -144,6 +144,7 @@ def test_what_libraries_say_is_escaped() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_narrow_encoding_stops_nothing(evil: Path, tmp_path: Path) -> None:
     wide = Path(shutil.copytree(evil, tmp_path / "wide/写真"))
     environment = {

@@ -238,6 +238,7 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 @given(WORDS)
 def test_what_is_printed_reads_back_to_the_very_same_options(
     tmp_path_factory: pytest.TempPathFactory, options: Mapping[str, Any]

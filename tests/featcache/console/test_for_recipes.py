@@ -60,6 +60,7 @@ def test_each_recipe_by_default(name: str) -> None:
     assert choice.record == {"for": {"recipes": [name], "options": CHOSEN[name].split()}}
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("line", "words", "names", "levels"),
     [
@@ -270,7 +271,7 @@ def serve(recipe: str, folder: Path, *options: str) -> None:
         fx.good(fx.stud("train", *words, *more))
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "recipe", sorted({*recipes.names(), "maskalign,milan,mrmae"} - {"mae", "cae"})
 )

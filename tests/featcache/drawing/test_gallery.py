@@ -331,7 +331,7 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "cache", root / "a.tar"
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1400])
 def test_strangers_names_are_only_text(
     featcache_command: Command, strange: tuple[Path, Path], tmp_path: Path, width: int

@@ -81,6 +81,7 @@ def test_the_mean_is_that_of_the_first_256_views_as_fp16_stores_them(
     assert found["levels"].tolist() == [2, 5]
 
 
+@pytest.mark.slow
 def test_the_mean_of_a_network(pictures: Path) -> None:
     """In the batches that the cache is made in: a network gives other bits in others."""
     fp16 = cc.made(pictures, teacher=VIT)
@@ -88,7 +89,7 @@ def test_the_mean_of_a_network(pictures: Path) -> None:
     np.testing.assert_array_equal(found["mean"], cc.mean_of(fp16))
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "workers", "shares", "store"),
     [
@@ -117,6 +118,7 @@ def test_the_same_bytes_whatever_the_batch_and_whoever_begins(
     assert differing == noting
 
 
+@pytest.mark.slow
 def test_teachers_of_one_pass_get_what_they_get_alone(pictures: Path, tmp_path: Path) -> None:
     """Two teachers with two codecs, decoded together."""
     jobs = [
@@ -302,7 +304,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.slow_after(6)
+@pytest.mark.slow
 @pytest.mark.parametrize(("codec", "form"), FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_features_come_back_within_the_codecs_error(
@@ -337,6 +339,7 @@ def test_what_is_not_coded_is_as_in_fp16(pictures: Path, codec: str) -> None:
 # ---------------------------------------------------------------- additions
 
 
+@pytest.mark.slow
 def test_added_views_have_the_means_that_are_there(pictures: Path, tmp_path: Path) -> None:
     out = copy_tree(cc.made(pictures, codec="t4", views=2), tmp_path / "c")
     before = files_below(out)
@@ -389,6 +392,7 @@ def assert_reads(
                 cc.assert_near(h[:, k], values[rows, view, i], codec, mean[i])
 
 
+@pytest.mark.slow
 def test_other_pictures_make_no_state_of_what_is_added(pictures: Path, tmp_path: Path) -> None:
     """They are refused before anything is written; with the pictures of the rows all is as ever."""
     out = copy_tree(cc.made(pictures, codec="t3"), tmp_path / "c")
@@ -405,6 +409,7 @@ def test_other_pictures_make_no_state_of_what_is_added(pictures: Path, tmp_path:
     assert files_below(out) == files_below(expected)
 
 
+@pytest.mark.slow
 def test_the_means_of_what_is_added_are_of_the_rows_that_are_there(
     pictures: Path, tmp_path: Path
 ) -> None:
@@ -613,6 +618,7 @@ def test_a_state_that_the_manifest_does_not_list_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_extracted_again_with_the_same_state(
     pictures: Path, tmp_path: Path
 ) -> None:
@@ -645,7 +651,7 @@ def test_recomputed_rows_are_within_what_the_codec_loses(
     assert found["feature_error"] > 1e-3
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", LOSSY)
 def test_recomputed_rows_of_a_network_in_another_batch(pictures: Path, codec: str) -> None:
     found = ask(cc.made(pictures, teacher=VIT, codec=codec), pictures)
@@ -691,7 +697,7 @@ def decoded(cache: Path, levels: tuple[int, ...], views: int) -> np.ndarray:
         )  # (V, L, n, T, D)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["raster", "kept"])
 def test_copies_decode_as_before(pictures: Path, tmp_path: Path, layout: str) -> None:
     origin = cc.made(pictures, codec="t4", **LAYOUTS[layout])
@@ -732,6 +738,7 @@ def test_a_flat_copy_of_added_levels_and_views(pictures: Path, tmp_path: Path) -
     assert files_below(tmp_path / "again") == files_below(tmp_path / "two")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("damaged", ["state", "copy", "shard"])
 def test_a_copy_is_repaired(pictures: Path, tmp_path: Path, damaged: str) -> None:
     """Of fewer views, whose shards come from the pictures."""

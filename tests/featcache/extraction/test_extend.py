@@ -165,6 +165,7 @@ def test_the_bases_files_stay_as_they_were(pictures: Path) -> None:
     assert not [name for name in after if "tmp" in name or "lease" in name]
 
 
+@pytest.mark.slow
 def test_ranked_tokens_and_stored_pixels_are_added_alike(photos: Path, tmp_path: Path) -> None:
     options = {"tokens": "ranked", "keep": 3, "pixels": True}
     extract.run(make(photos, **options), tmp_path / "c", batch_size=4)

@@ -51,7 +51,7 @@ def noted_batch_size(files: dict[str, bytes], size: int) -> dict[str, bytes]:
     return {**files, "manifest.json": text.encode(), "shards/manifest.copy.json": text.encode()}
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "batch_size"), [(1, 4), (3, 4), (1, 7), (3, 7), (2, 1), (2, 64)]
 )
@@ -402,6 +402,7 @@ def test_a_flip_in_the_prefixes_own_checksums_names_their_file(
             assert str(path) in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 def test_a_cache_that_is_moved_away_is_not_begun_anew(
     photos: Path, tmp_path: Path, store: str

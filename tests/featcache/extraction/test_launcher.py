@@ -101,6 +101,7 @@ def test_three_processes_at_once_give_the_same_bytes(
     assert files_below(out) == whole(pictures)
 
 
+@pytest.mark.slow
 def test_shares_cover_everything_once_and_the_last_completes(
     pictures: Path, tmp_path: Path
 ) -> None:
@@ -228,7 +229,7 @@ def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_run_again_gives_the_same_bytes(
     pictures: Path, killed: Path, stage: str

@@ -84,6 +84,7 @@ def test_one_pass_writes_what_separate_commands_write(
         assert cache.levels_of(VIT) == (5, 6)
 
 
+@pytest.mark.slow
 def test_each_picture_is_decoded_once(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +102,7 @@ def test_each_picture_is_decoded_once(
     assert len(count) == progress.pictures == progress.total == 13
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [3, 8, 13])
 def test_a_stopped_pass_continues_to_the_same_bytes(
     pictures: Path, tmp_path: Path, after: int
@@ -159,6 +160,7 @@ def test_shares_of_a_pass(pictures: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path / "c") == apart(pictures, "zarr")
 
 
+@pytest.mark.slow
 def test_stored_pixels_are_the_first_ones_own(photos: Path, tmp_path: Path) -> None:
     plans = [make(photos, name, pixels=True) for name in (SYNTHETIC, VIT)]
     assert files_below(in_one(plans, tmp_path / "a")) == files_below(
@@ -168,6 +170,7 @@ def test_stored_pixels_are_the_first_ones_own(photos: Path, tmp_path: Path) -> N
         assert [name for name in cache.fields if name.endswith("pixels")] == ["pixels"]
 
 
+@pytest.mark.slow
 def test_two_are_added_in_one_pass(pictures: Path, tmp_path: Path) -> None:
     plans = [make(pictures, name) for name in (SYNTHETIC, VIT, NINE)]
     extract.run(plans[0], tmp_path / "c", batch_size=4)

@@ -36,7 +36,7 @@ def both(tmp_path: Path) -> tuple[Path, Path]:
     return noise(tmp_path / "these"), noise(tmp_path / "others", seed=1)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 def test_a_teacher_is_added_from_the_same_pictures_alone(
     both: tuple[Path, Path], tmp_path: Path, store: str
@@ -73,6 +73,7 @@ def test_a_cache_is_finished_from_the_same_pictures_alone(
     extract.run(make_plan(others), tmp_path / "c", batch_size=4)  # nothing is missing, none is read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 def test_a_shard_is_repaired_from_the_same_pictures_alone(
     both: tuple[Path, Path], tmp_path: Path, store: str
@@ -106,7 +107,7 @@ def test_pictures_that_can_no_longer_be_decoded_keep_their_rows(
     extract.run(make_plan(these), tmp_path / "c", batch_size=4)
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("size", [(40, 40), (40, 41)])
 def test_one_other_picture_of_many_is_found_as_a_teacher_is_added(

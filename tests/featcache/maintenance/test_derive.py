@@ -131,7 +131,7 @@ def combinations() -> list[Any]:
     return found
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(("store", "codec", "layout", "less"), combinations())
 def test_derived_is_what_an_extraction_writes(
     pictures: Path, tmp_path: Path, store: str, codec: str, layout: str, less: str
@@ -143,7 +143,7 @@ def test_derived_is_what_an_extraction_writes(
     assert_as_extracted(tmp_path / "c", direct)
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["fp16", "q8"])
 @pytest.mark.parametrize("layout", ["raster", "kept"])
 def test_from_ranked_tokens(pictures: Path, tmp_path: Path, codec: str, layout: str) -> None:
@@ -161,6 +161,7 @@ def test_from_kept_tokens_fewer_and_by_a_share(pictures: Path, tmp_path: Path) -
     assert_as_extracted(tmp_path / "share", cc.made(pictures, tokens="ranked", keep=4))
 
 
+@pytest.mark.slow
 def test_more_than_256_views(pictures: Path, tmp_path: Path) -> None:
     """The means are of the first of them, in (row, view) order."""
     derive(cc.made(pictures, views=25), tmp_path / "c", codec="t4")
@@ -169,6 +170,7 @@ def test_more_than_256_views(pictures: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_pixels_stay(pictures: Path, tmp_path: Path) -> None:
     derive(cc.made(pictures, pixels=True), tmp_path / "c", codec="t3", tokens="ranked")
     direct = cc.made(pictures, pixels=True, codec="t3", tokens="ranked")
@@ -184,6 +186,7 @@ def test_of_an_archive_and_of_format_3(pictures: Path, tmp_path: Path) -> None:
         assert_as_extracted(tmp_path / name, cc.made(pictures, codec="t3"))
 
 
+@pytest.mark.slow
 def test_blocks_of_one_view_change_nothing(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +206,7 @@ def test_what_is_lost_is_that_of_the_extraction(pictures: Path, tmp_path: Path) 
     assert {"views", "cosine", "mse", "worst", "added_loss"} == here.keys()
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", LOSSY)
 def test_fewer_of_a_lossy_cache_decode_as_before(
     pictures: Path, tmp_path: Path, codec: str
@@ -351,6 +354,7 @@ def test_all_that_was_added_is_derived_part_by_part(
     assert verify.verify_cache(tmp_path / "c")[0] == []
 
 
+@pytest.mark.slow
 def test_merged_it_is_one_flat_cache(pictures: Path, grown: Path, tmp_path: Path) -> None:
     """As one extraction of it."""
     left = derive(grown, tmp_path / "c", codec="t4", views=4, levels=(1, 5))
@@ -361,6 +365,7 @@ def test_merged_it_is_one_flat_cache(pictures: Path, grown: Path, tmp_path: Path
     assert_as_extracted(tmp_path / "added", cc.made(pictures, views=2, levels=[1]))
 
 
+@pytest.mark.slow
 def test_token_ids_that_were_added_stay(pictures: Path, tmp_path: Path) -> None:
     """A tokenizer's part has no features and no codec but fp16: its numbers are copied, and its
     shards repaired."""
@@ -403,6 +408,7 @@ def test_of_lossy_parts_a_flat_cache_decodes_as_they_do(pictures: Path, tmp_path
                 np.testing.assert_array_equal(cc.levels_of(tmp_path / "c", level, view), expected)
 
 
+@pytest.mark.slow
 def test_an_unfinished_addition_is_left_out(pictures: Path, grown: Path, tmp_path: Path) -> None:
     origin = copy_tree(grown, tmp_path / "origin")
     part = next(
@@ -418,6 +424,7 @@ def test_an_unfinished_addition_is_left_out(pictures: Path, grown: Path, tmp_pat
         assert cache.views == 3
 
 
+@pytest.mark.slow
 def test_a_second_teacher_that_is_lossy_already(pictures: Path, tmp_path: Path) -> None:
     origin = copy_tree(cc.made(pictures), tmp_path / "origin")
     cc.add(pictures, origin, OTHER, codec="q8")
@@ -475,7 +482,7 @@ def test_a_width_that_no_rotation_takes(tmp_path: Path, pictures: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["t3", "fp16"])
 @pytest.mark.parametrize("shard", ["000000", "000001"])
 def test_a_damaged_parent_is_named_and_nothing_half_written_is_published(
@@ -591,6 +598,7 @@ def test_the_command_that_made_it_makes_it(
     assert files_below(tmp_path / "b") == files_below(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_derived_of_derived(pictures: Path, tmp_path: Path) -> None:
     """Step by step the same numbers; the parent is the last one."""
     derive(cc.made(pictures), tmp_path / "ranked", tokens="ranked", views=2)
@@ -618,7 +626,7 @@ LOSSES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", LOSSES)
 def test_it_is_repaired_from_its_parent(pictures: Path, tmp_path: Path, lost: str) -> None:
     derive(cc.made(pictures), tmp_path / "c", codec="t3", tokens="ranked", keep="5", views=2)
@@ -700,7 +708,7 @@ COPIES: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("codec", ["t3", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_copy_of_it_is_repaired_from_its_parent(

@@ -97,6 +97,7 @@ def sweep(
 CACHES = [(pictures, store) for pictures in ("pictures", "photos") for store in STORES]
 
 
+@pytest.mark.slow
 def test_some_files_with_one_damage_or_another(pictures: Path, tmp_path: Path) -> None:
     """The kinds of damage in turn."""
     cache = copy_tree(sound(pictures, "zarr"), tmp_path / "c")
@@ -141,6 +142,7 @@ def test_only_the_bad_shard_is_extracted_again(cache: Path, pictures: Path) -> N
     assert files_below(cache) == whole
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "name", ["manifest.json", f"{SHARDS}/manifest.copy.json", "quarantine.json"]
 )

@@ -98,6 +98,7 @@ def test_some_shards_are_not_repaired_from_other_pictures(
     assert files_below(out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen", [{"views": 1}, {"levels": (1,)}, {"views": 1, "shards": (0, 2)}], ids=str
 )
@@ -239,6 +240,7 @@ def test_a_repair_waits_for_another_and_finds_its_work_done(cache: Path, picture
     assert files_below(cache) == whole
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("look", [1, 2, 3])
 def test_another_repair_may_clear_up_at_any_moment(
     cache: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, look: int

@@ -146,6 +146,7 @@ def test_to_tars_and_back_gives_the_same_bytes(
     check_clean(tmp_path / "tars")
 
 
+@pytest.mark.slow
 def test_additions_are_converted_too(grown: Path, tmp_path: Path) -> None:
     transfer.convert(grown, tmp_path / "tars", store="webdataset")
     with featcache.Cache(grown) as here, featcache.Cache(tmp_path / "tars") as there:
@@ -188,7 +189,7 @@ def test_blocks_of_one_item_change_no_byte(
 # ---------------------------------------------------------------- less
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("origin", "chosen"),
     [
@@ -257,6 +258,7 @@ def test_other_teachers_are_left_out_of_a_choice_and_named(grown: Path, tmp_path
         assert (cache.teachers, cache.levels, cache.views) == ([SYNTHETIC], (1, 2, 3), 1)
 
 
+@pytest.mark.slow
 def test_stored_pixels_of_added_views_are_kept(pictures: Path, tmp_path: Path) -> None:
     origin = Path(shutil.copytree(made(pictures, "plain-pixels", pixels=True), tmp_path / "origin"))
     part = extend.plan_part(make_plan(pictures, views=4), origin)
@@ -372,6 +374,7 @@ def test_an_archive_is_copied_as_it_is(plain: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_archive_of_pixels_and_ranked_tokens(pictures: Path, tmp_path: Path) -> None:
     origin = made(pictures, "ranked-pixels", pixels=True, **RANKED)
     transfer.copy(origin, tmp_path / "archive", compress=True)
@@ -431,6 +434,7 @@ def test_an_archive_and_a_plain_copy_are_not_mixed(
     assert files_below(tmp_path / "c") == before
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("damage", ["flipped", "missing", "record"])
 def test_a_damaged_archive_is_repaired_as_an_archive(
     pictures: Path, plain: Path, tmp_path: Path, damage: str
@@ -611,7 +615,7 @@ def test_a_shard_that_another_process_holds_is_waited_for(
 # ---------------------------------------------------------------- damaged
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("work", WORK)
 def test_a_damaged_source_is_named_and_its_shard_not_published(
     plain: Path, tmp_path: Path, work: str
@@ -738,6 +742,7 @@ def test_an_incomplete_source_gives_only_shards_that_are_there(plain: Path, tmp_
     )
 
 
+@pytest.mark.slow
 def test_an_unfinished_addition_is_left_out_and_named(grown: Path, tmp_path: Path) -> None:
     origin = Path(shutil.copytree(grown, tmp_path / "origin"))
     part = next(
@@ -840,6 +845,7 @@ def test_no_cache_and_no_store_are_one_line(
     assert featcache_command("convert", plain, tmp_path / "c", "--store", "lmdb").status == 2
 
 
+@pytest.mark.slow
 def test_a_whole_copy_needs_no_torch(plain: Path, tmp_path: Path) -> None:
     code = "import sys; from featcache.cli import cli; cli(sys.argv[1:], standalone_mode=False); "
     code += "print('torch' in sys.modules)"

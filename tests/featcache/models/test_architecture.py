@@ -51,6 +51,7 @@ def test_a_teacher_takes_no_other_keyword(option: str, opened: Path) -> None:
     assert not opened.exists()
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("option", [*FILES, *VALUES])
 @pytest.mark.parametrize("family", ["mae", "cae", "beit", "conv_vit"])
 def test_an_encoder_takes_no_other_keyword(option: str, family: str, opened: Path) -> None:
@@ -83,7 +84,7 @@ def test_an_unknown_keyword_is_met_with_near_ones() -> None:
         architecture.check_keywords("a teacher", {"dept": 2})
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -148,6 +148,7 @@ def test_keys_whose_hash_takes_for_ever(tmp_path: Path, make: Callable[[Any], An
     refused(path, r"nest of tuples|no named tensor")
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("depth", [1000, 100_000])
 @pytest.mark.parametrize("name", ["lists", "dicts", "tuples"])
 def test_deep_nesting(tmp_path: Path, depth: int, name: str) -> None:

@@ -151,6 +151,7 @@ def test_with_the_teacher_in_one_pass(photos: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path / "one") == files_below(grown(photos, tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_more_views_are_followed(photos: Path, tmp_path: Path) -> None:
     out = grown(photos, tmp_path / "c")
     for wanted in (replace(base(photos), views=3), make(photos, views=3)):
@@ -162,6 +163,7 @@ def test_more_views_are_followed(photos: Path, tmp_path: Path) -> None:
         assert cache.read(range(11), 2, ["reds/token_ids"])["reds/token_ids"].max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 def test_a_flipped_bit_is_found_and_mended(photos: Path, tmp_path: Path, store: str) -> None:
     out = grown(photos, tmp_path / "c", store)
@@ -272,7 +274,7 @@ def test_loading_tells_tokenizers_apart() -> None:
     assert not isinstance(teachers.load_any(SYNTHETIC, None, "cpu"), TokenizerTeacher)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 def test_it_is_converted_copied_and_shown(
     featcache_command: Callable[..., Ran], photos: Path, tmp_path: Path, store: str

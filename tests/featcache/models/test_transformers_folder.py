@@ -109,6 +109,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: root / kind for kind in (*kinds, "shards")}
 
 
+@pytest.mark.slow_after(1)
 def test_features_are_those_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
     clip = _clip_spec(tmp_path)
     for kind, folder in folders.items():
@@ -175,6 +176,7 @@ def test_a_torch_file_of_a_folder_is_read(folders: dict[str, Path], tmp_path: Pa
     assert teachers.weight_hash(ours) == teachers.weight_hash(theirs)
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
@@ -281,6 +283,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "clip-projected"])
 def test_pixels_are_normalised_as_the_folders_image_processor_does(
     folders: dict[str, Path], tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
@@ -335,6 +338,7 @@ def test_the_processor_of_a_processor_comes_first(folders: dict[str, Path], tmp_
     assert teachers.load(SPEC["vit"], str(folder)).pixel_mean == (0.1, 0.1, 0.1)
 
 
+@pytest.mark.slow
 def test_an_image_processor_that_says_nonsense_is_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -156,6 +156,7 @@ LAYOUTS: dict[str, tuple[str, int, Callable[[dict[str, Tensor]], dict[str, objec
 }
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_files_as_their_projects_publish_them(tmp_path: Path, layout: str) -> None:
     arch, px, write = LAYOUTS[layout]

@@ -69,6 +69,7 @@ def test_a_share_of_pictures_without_a_view_is_that_of_the_design() -> None:
     assert abs(none - N * (0.32 / 0.92) ** 4) < 4 * math.sqrt(N * (0.32 / 0.92) ** 4)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("size", [(375, 500), (500, 500), (300, 600), (300, 900)])
 def test_accepted_crops_have_the_law_of_direct_ones(size: tuple[int, int]) -> None:
     """Area, ratio, centre and flip of accepted crops, beside those of other pictures drawn at (0.2,

@@ -115,7 +115,7 @@ EVERY = {(row, view) for row in range(fx.PICTURES) for view in range(fx.VIEWS)}
 # ------------------------------------------------------------ the same path
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 def test_the_proof_passes_on_every_row_of_the_same_path(
     request: pytest.FixtureRequest, name: str, tmp_path: Path, checked: set[tuple[int, int]]

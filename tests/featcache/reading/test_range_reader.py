@@ -633,6 +633,7 @@ def test_a_fork_while_a_thread_holds_the_lock(threaded: Cache, work: str) -> Non
         assert in_a_child(threaded.close if work == "close" else lambda: check_all(threaded)) == 0
 
 
+@pytest.mark.slow_after(1)
 def test_a_cache_goes_to_spawned_processes(threaded: Cache) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         got = pool.apply(operator.methodcaller("read", [0, 7], 1), (threaded,))
@@ -698,6 +699,7 @@ def test_file_descriptors_are_bounded(
         assert open_files(folder) <= 4
 
 
+@pytest.mark.slow
 def test_a_file_check_makes_room_for_itself(copy: Path) -> None:
     """One file descriptor is free: the file is opened, and its check opens it once more."""
     code = """
@@ -717,6 +719,7 @@ cache.read([0], 0)
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_several_caches_share_the_file_descriptors_there_are(
     folders: dict[tuple[str, str], Path], copy: Path
 ) -> None:
@@ -758,7 +761,7 @@ else:
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.02, 0.2])
 def test_a_fork_while_another_thread_loads_machine_code_reads(copy: Path, delay: float) -> None:
     code = """
@@ -828,6 +831,7 @@ sys.exit(str(failures) if failures else 0)
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_a_cache_asks_for_all_file_descriptors_it_may_have(copy: Path) -> None:
     code = """
 import resource, sys, featcache

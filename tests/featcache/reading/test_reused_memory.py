@@ -56,7 +56,7 @@ VIEWS: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VIEWS)
 def test_memory_that_can_be_seen_is_not_used_again(kind: str) -> None:
     memory = ReusedMemory(8 * MIB)

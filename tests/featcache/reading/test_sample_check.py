@@ -139,6 +139,7 @@ def test_stored_pixels_need_no_picture_and_no_check() -> None:
     assert Dataset(None, fx.ranked_path()).checked == 0
 
 
+@pytest.mark.slow
 def test_caches_of_other_pictures_under_the_same_keys_are_not_paired(
     other: Path, tmp_path: Path
 ) -> None:

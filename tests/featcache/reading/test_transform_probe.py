@@ -94,7 +94,7 @@ MOVES: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_pass(name: str) -> None:
     check_transform(COLOURS[name], 224)
@@ -107,7 +107,7 @@ def test_what_moves_pixels_is_refused(name: str) -> None:
         check_transform(MOVES[name], 224)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 48, 96])
 def test_small_views(size: int) -> None:
     for name in ("normalise", "jitter", "erasing", "equalize", "jpeg", "noise"):
@@ -144,6 +144,7 @@ def states() -> tuple[Any, ...]:
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [SIMCLR, v2.RandomHorizontalFlip()])
 def test_the_generators_are_left_as_they_were(transform: Any) -> None:
     """And a transform's own: it is a copy that draws."""

@@ -63,6 +63,7 @@ def test_names_with_newlines_give_lists_of_their_own() -> None:
 _KEYS = st.lists(st.text(st.sampled_from("ab\n\xff\0/é"), max_size=4), max_size=4)
 
 
+@pytest.mark.slow
 @given(_KEYS, _KEYS)
 def test_two_lists_of_pictures_never_share_a_digest(one: list[str], other: list[str]) -> None:
     assert (manifest.keys_digest(one) == manifest.keys_digest(other)) is (one == other)

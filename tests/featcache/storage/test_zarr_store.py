@@ -365,7 +365,7 @@ def test_a_moved_border_of_an_archives_chunks_is_named(tmp_path: Path) -> None:
     assert contract.problems(tmp_path, record) == [f"{path}: checksum differs"]
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["BLOSC_CLEVEL=1", "BLOSC_COMPRESSOR=lz4", "BLOSC_SHUFFLE=0"])
 def test_an_archives_bytes_are_the_same_each_time(variable: str) -> None:
     """Whatever the environment says, in a process that has not imported zarr, of chunks so large

@@ -78,6 +78,7 @@ def test_any_halves_come_back_as_near_as_they_can(
     assert (error <= 1.005 * least + rounded).all()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=30, deadline=None)
 @given(case=cases(), data=st.data())

@@ -133,6 +133,7 @@ def test_a_teacher_of_a_config_file_is_not_run(own: Path, tmp_path: Path) -> Non
     good(train("maskalign", tmp_path / "run", *options, "--teacher-name", own))
 
 
+@pytest.mark.slow
 def test_commands_that_only_look_run_no_teacher(own: Path, cache: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

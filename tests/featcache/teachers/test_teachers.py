@@ -714,6 +714,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dino-s16", "timm:vit_tiny_patch16_224.augreg_in21k"])
 def test_registered_weights_offline_name_both_ways_on(offline: None, name: str) -> None:
     with pytest.raises(UserError) as caught:

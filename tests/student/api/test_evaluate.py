@@ -58,6 +58,7 @@ def words(labelled: Path, run: Path) -> list[str]:
             "--device", "cpu", "--json"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_labels_beside_the_pictures_are_those_of_their_text(
     labelled: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -225,6 +226,7 @@ def test_finetune(
 # --- export ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_export_as_the_command_has_it(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_progress_counts_every_step(tmp_path: Path) -> None:
     assert threads == {threading.current_thread()}
 
 
+@pytest.mark.slow
 def test_what_a_callback_raises_ends_the_run_and_its_checkpoint_stays(tmp_path: Path) -> None:
     small(tmp_path / "whole", steps=6)
 
@@ -163,6 +164,7 @@ def test_in_a_running_loop(tmp_path: Path) -> None:
     assert asyncio.run(cell()).steps == 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_another_precision_and_a_program_with_an_accelerate_of_its_own(tmp_path: Path) -> None:
     mine = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=3)

@@ -567,6 +567,7 @@ def test_the_checked_share_is_the_one_asked_for() -> None:
         assert low <= len(seen) <= high, (fraction, len(seen))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cached", "online"])
 def test_a_bad_picture_is_named(mode: str, tmp_path: Path) -> None:
     shutil.copytree(fx.pictures(), tmp_path / "p")

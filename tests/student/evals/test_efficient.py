@@ -135,6 +135,7 @@ def probed(task: toys.ToyTask, **options: Any) -> Outcome:
     return efficient.evaluate(task, **{**settings, **options})
 
 
+@pytest.mark.slow
 def test_classes_that_one_patch_tells_are_separated() -> None:
     outcome = probed(toys.toy_task())
     assert scores.of_test(outcome.scored[0])["top1"] == 100.0
@@ -146,6 +147,7 @@ def test_classes_that_one_patch_tells_are_separated() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tokens_without_classes_stay_at_chance() -> None:
     outcome = probed(toys.toy_task(gap=0.0))
     assert scores.of_test(outcome.scored[0])["top1"] < 45

@@ -115,6 +115,7 @@ def test_set_wins_over_what_is_published() -> None:
     assert config.layer_decay == 0.75
 
 
+@pytest.mark.slow
 def test_show_prints_the_settings_and_writes_nothing(tmp_path: Path) -> None:
     sets = ("layer_decay=0.9", "img_size=48")
     shown = fx.good(ft.finetune("cae", tmp_path / "run", "--show", sets=sets)).out
@@ -182,6 +183,7 @@ def test_it_is_timms_network_with_the_recorded_score(
     assert told == pytest.approx(100 * sum(right) / 7, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_documentations_lines(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs/judging.md").read_text()
     (code,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -199,6 +201,7 @@ def test_the_documentations_lines(tmp_path: Path) -> None:
 # --- test sets ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_of_several_test_sets_by_hand(tmp_path: Path) -> None:
     """All classes; those of a file alone; classes of the set's own by a map, one nowhere."""
     few = fx.save_pictures(tmp_path / "few", 60, seed=7, classes=5)
@@ -263,7 +266,7 @@ def test_results_lie_in_the_run_in_out_and_at_home(tmp_path: Path) -> None:
 # --- options --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [(), ("--checkpoint", 1), ("--ema",), ("--checkpoint", 1, "--ema")]
 )
@@ -301,6 +304,7 @@ def test_the_average_is_scored(tmp_path: Path) -> None:
     assert metrics.read(run)[-1]["ema_top1"] == facts["average"]["test"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "n"), [(("--shots", 2), 10), (("--fraction", 0.5), 10)])
 def test_few_pictures_a_class(options: tuple[Any, ...], n: int, tmp_path: Path) -> None:
     facts = fx.good(ft.finetune("mae", tmp_path / "run", *options, "--json", "--epochs", 1)).json
@@ -308,6 +312,7 @@ def test_few_pictures_a_class(options: tuple[Any, ...], n: int, tmp_path: Path) 
     assert checkpoint.read_config(tmp_path / "run")["data"]["pictures"] == n
 
 
+@pytest.mark.slow
 def test_without_test_pictures_a_fifth_is_held_out(tmp_path: Path) -> None:
     words = list(ft.words("mae", tmp_path / "run", "--epochs", 1, "--json"))
     at = words.index("--test")
@@ -316,12 +321,14 @@ def test_without_test_pictures_a_fifth_is_held_out(tmp_path: Path) -> None:
     assert ran.json["n_train"] + ran.json["n_test"] == 20
 
 
+@pytest.mark.slow
 def test_an_odd_batch_leaves_its_last_picture_unmixed(tmp_path: Path) -> None:
     ran = ft.finetune("mae", tmp_path / "run", "--batch-size", 7, "--epochs", 1, sets=("cutmix=0",))
     fx.good(ran)
     assert len(fx.losses(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     ran = fx.good(ft.finetune("mae", tmp_path / "run", "--dry-run", "--json", home=home))
@@ -332,7 +339,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     fx.good(ft.finetune("mae", tmp_path / "run", "--dry-run"))
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mae", "fd", "conv"])
 def test_a_loss_that_is_not_finite_is_replayed(recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -162,6 +162,7 @@ def test_killed_and_resumed(where: str, whole: Path, tmp_path: Path) -> None:
     assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_scores_again(whole: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / whole.name))
     fx.good(ft.finetune(whole.name, run, *AVERAGE, "--resume", sets=ALL))

@@ -84,7 +84,7 @@ def world(tmp_path: Path, origin: Path, monkeypatch: pytest.MonkeyPatch) -> Worl
     return World(tmp_path / "world", origin)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["eval", "resume"])
 def test_the_run_as_it_is_serves_every_command(command: str, world: World) -> None:
     assert world.load() == ""
@@ -201,7 +201,7 @@ def forged(world: World, forge: Forge) -> None:
     forge(world.run / BEST, load_file(world.run / BEST))
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("forge", UNREADABLE, ids=lambda each: each.__name__)
 def test_best_weights_that_are_none(forge: Forge, world: World) -> None:
     forged(world, forge)
@@ -247,7 +247,7 @@ MISFITS = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("forge", MISFITS, ids=lambda each: each.__name__)
 def test_best_weights_of_another_network(forge: Forge, world: World) -> None:
     """They are not loaded; a run that goes on replaces them where it scores higher, or says so."""
@@ -256,6 +256,7 @@ def test_best_weights_of_another_network(forge: Forge, world: World) -> None:
     world.attack("resume")
 
 
+@pytest.mark.slow
 def test_a_link_to_nothing_makes_no_file_elsewhere(world: World) -> None:
     forged(world, a_link_to_nothing)
     world.attack("resume")
@@ -265,7 +266,7 @@ def test_a_link_to_nothing_makes_no_file_elsewhere(world: World) -> None:
 # --- config.json ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -302,6 +303,7 @@ def test_a_forged_config_is_named(changes: dict[str, Any], told: str, world: Wor
     assert world.attack("resume").status == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", ["eval", "resume"])
 def test_config_changed_at_random(command: str, examples: int, world: World, origin: Path) -> None:

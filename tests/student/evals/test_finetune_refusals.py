@@ -125,7 +125,7 @@ def fine_tuned(run: Path) -> fx.Ran:
     return fx.stud("eval", "finetune", run, *words)
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "status", "told"),
     [
@@ -182,6 +182,7 @@ def test_a_fine_tuned_run_is_embedded_and_judged(recipe: str, tmp_path: Path) ->
         assert ran.json["n_test"] == 7
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_may_have_classes(tmp_path: Path) -> None:
     """A setting of that name makes no classifier of a run; it is fine-tuned as any other, from
     step 0 too."""

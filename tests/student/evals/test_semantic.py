@@ -129,7 +129,7 @@ def pixels_of(source: Any, view: int | None, size: int, seed: int) -> torch.Tens
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [None, [0, 3]])
 @pytest.mark.parametrize("teacher_px", [32, 48])
 def test_features_are_those_of_the_encoder_on_the_patches_kept(
@@ -159,6 +159,7 @@ def test_features_are_those_of_the_encoder_on_the_patches_kept(
 # --- as a command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_and_test_pictures_are_shown_so_and_features_are_kept_by_share(
     run: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -258,6 +259,7 @@ def test_a_teacher_of_ones_own_is_named_on_the_command_line(
     assert (got["teacher"], got["kept"]) == (str(own), 11)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_teacher_takes_the_one_that_is_named(
     tmp_path: Path, labelled: Path
 ) -> None:

@@ -304,7 +304,7 @@ def test_the_average_of_weights(clip: Clip, labelled: Path, run_of: Callable[[st
     assert not torch.allclose(one, two, atol=1e-6)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "predicts"), [
     ("mvp", "predicts z, and not the teacher's output at [CLS]"),
     ("fd", "predicts fd, and not"),
@@ -437,6 +437,7 @@ def test_imagenet_has_open_clips_names() -> None:
 # --- whose texts ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_of_the_picture_tower_alone(
     clip: Clip, labelled: Path, run_of: Callable[[str], Path]
 ) -> None:

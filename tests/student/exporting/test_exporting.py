@@ -23,7 +23,7 @@ from tests.student.exporting.readers import BAD, GOOD, READERS, export, images, 
 from tests.teacher_reference import photographs
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), GOOD)
 def test_the_library_gives_the_runs_features(name: str, form: str, tmp_path: Path) -> None:
     ran = fx.good(export(run_of(name), form, tmp_path / "out", "--json"))
@@ -38,6 +38,7 @@ def test_the_library_gives_the_runs_features(name: str, form: str, tmp_path: Pat
             torch.testing.assert_close(logits, net(x), rtol=0, atol=most)
 
 
+@pytest.mark.slow
 def test_classes_of_ones_own_recipe_are_no_head(tmp_path: Path) -> None:
     run = copied(run_of("mae"), tmp_path / "run")
     about = json.loads((run / "config.json").read_text())
@@ -48,7 +49,7 @@ def test_classes_of_ones_own_recipe_are_no_head(tmp_path: Path) -> None:
     assert config["architectures"] == ["ViTModel"]
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form", "why"), BAD)
 def test_what_a_format_cannot_express_is_named(
     name: str, form: str, why: str, tmp_path: Path
@@ -67,6 +68,7 @@ def test_the_function_of_a_refusal_builds_the_module() -> None:
         assert net.forward_features(images(settings["img_size"])).shape == (3, 16, 48)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_and_the_average_are_those_that_were_asked_for(tmp_path: Path) -> None:
     run = run_of("mae")
     fx.good(export(run, "timm", tmp_path / "one", "--checkpoint", 1))
@@ -86,6 +88,7 @@ def test_the_checkpoint_and_the_average_are_those_that_were_asked_for(tmp_path: 
 # --- the comparison -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_says_on_which_pictures_it_compared(tmp_path: Path) -> None:
     run = run_of("mae")
     made = fx.good(export(run, "timm", tmp_path / "a"))
@@ -112,6 +115,7 @@ def _changed(form: str, name: str) -> SimpleNamespace:
     return SimpleNamespace(**{**vars(real), "write": write})
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("form", "name"),
     [
@@ -204,6 +208,7 @@ def test_the_card_is_read_by_the_hub_with_its_scores(tmp_path: Path) -> None:
     assert "`student train --recipe mae --out " in card.text
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_has_the_score_of_its_last_weights_alone(tmp_path: Path) -> None:
     run = run_of("mae tuned")
     (line,) = (json.loads(each) for each in (run / "results.jsonl").read_text().splitlines())

@@ -132,7 +132,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("form", exporting.names())
 @pytest.mark.parametrize(("family", "size"), BUILT)
 def test_every_format_says_of_every_size_whether_it_takes_it(
@@ -154,7 +154,7 @@ def _check(whole: Any, module: Any) -> None:
         module.check(whole)
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "size"), [each for each in BUILT if each[0] in ("mae", "cae")])
 def test_names_and_shapes(size: str, family: str) -> None:
     width, depth, heads = SIZES[size]

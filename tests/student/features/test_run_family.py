@@ -61,6 +61,7 @@ def _raw_levels(encoder: Any, pixels: Tensor) -> list[Tensor]:
     return teacher_reference.block_outputs(blocks, lambda: encoder.forward_features(pixels))
 
 
+@pytest.mark.slow
 def test_levels_and_attention_are_those_of_the_encoder(runs: dict[str, Path]) -> None:
     images = teacher_reference.photographs(32)
     for name, run in runs.items():
@@ -162,6 +163,7 @@ def _documented() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in block.strip().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_part_is_the_one_that_is_asked_for(
     runs: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:

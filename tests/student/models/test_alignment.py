@@ -154,6 +154,7 @@ def test_orders_of_mixing_and_adapting_by_hand() -> None:
     assert [loss(cls, "layer_wise") for cls in (True, False)] == [3.5, 5]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "ways",
     [

@@ -295,6 +295,7 @@ def test_names_are_those_of_the_released_code() -> None:
     assert len(names) == 3 * 4 + 2 + 4 * 14 + 11 * 12 + 2 + 1
 
 
+@pytest.mark.slow
 def test_sizes() -> None:
     """Worked out by hand. A CBlock of c channels and MLP ratio r: two norms 4c, two 1 x 1 2(c^2 +
     c), depth-wise 25c + c, MLP 2rc^2 + (r + 1)c; that is 10 c^2 + 37 c with r = 4 and 18 c^2 + 41 c

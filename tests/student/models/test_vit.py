@@ -227,6 +227,7 @@ def test_drop_path_rises_linearly() -> None:
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("encoder", "count"),
     [

@@ -69,6 +69,7 @@ def test_first_losses() -> None:
     assert first_losses("fd") == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_sizes() -> None:
     """Worked out by hand; blocks and stem as in CAE v2's test, no absolute positions, one table of
     27^2 + 3 offsets.

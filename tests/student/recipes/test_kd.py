@@ -62,6 +62,7 @@ def test_first_losses() -> None:
     assert first_losses("kd") == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_size_and_cost() -> None:
     """Encoder 85,798,656 (MaskAlign's test) + head 768 * 512 + 512 = 393,728; 13.0 GMAC forward and
     backward. Other encoders as in MILAN's test; heads 192 * 512 + 512, 384 * 512 + 512, and 1024 *

@@ -166,6 +166,7 @@ def switched_batch() -> tuple[dict[str, Tensor], list[Tensor]]:
     return batch, ys
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -238,7 +239,7 @@ def test_size_of_the_base_model() -> None:
     assert sum(x.numel() for x in trained(model).values()) == 88_751_676 - 151_296 - 1_536
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("settings", "total"),
     [

@@ -238,6 +238,7 @@ def test_first_losses() -> None:
     assert first_losses("milan") == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_sizes() -> None:
     """Worked out by hand; the encoder as in MaskAlign's test (base).
 

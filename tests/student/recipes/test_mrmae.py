@@ -354,6 +354,7 @@ def test_sizes() -> None:
     assert parameters("mrmae", "mimic_at=decoder")[0] == 111_907_840 + 512 * 768 + 768
 
 
+@pytest.mark.slow
 def test_cost() -> None:
     """Plain: 29.1 GMAC forward and backward within 2 %. With convolutions, by hand and in millions
     of one forward pass:

@@ -65,6 +65,7 @@ def test_first_losses() -> None:
     assert first_losses("mvp") == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_size_and_cost() -> None:
     """Encoder as in FD's test, 85,665,360; mask token 768; head 768 * 512 + 512 = 393,728. Three
     times the forward pass of a whole ViT-B (17.56) and of the head at 79 patches (0.03). Large:

@@ -233,6 +233,7 @@ def test_module_has_docstring_config_model_needs(name: str) -> None:
     assert isinstance(module.needs(module.Config()), TargetSpec)
 
 
+@pytest.mark.slow_after(2)
 @each
 def test_loss_has_a_gradient_in_every_trained_parameter(name: str) -> None:
     model, _ = tiny_model(name)

@@ -102,6 +102,7 @@ def test_topk_shows_the_same_in_each_epoch(tmp_path: Path) -> None:
                 assert epochs[0].tolist() == expected
 
 
+@pytest.mark.slow
 def test_a_kept_cache_serves_what_reads_visible_tokens_only(tmp_path: Path) -> None:
     """5 of 16 patches are stored, 4 are shown."""
     options = ("--cache", fx.kept_path(), "--images", fx.pictures(), *STEPS)
@@ -203,6 +204,7 @@ def test_derived_targets_equal_numpys(kind: type[Projecting], derive: str, path:
     assert np.isnan(seen[~known]).all()
 
 
+@pytest.mark.slow
 def test_derived_targets_of_the_teacher_in_the_loop_equal_the_cached_ones(tmp_path: Path) -> None:
     options = ("--cache", fx.cache_path(), "--images", fx.pictures(), *STEPS)
     fx.good(fx.train("kd", tmp_path / "a", *options, sets=("drop_path=0",)))

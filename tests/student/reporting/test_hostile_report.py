@@ -50,7 +50,7 @@ def test_runs_that_nobody_harmed_make_a_page(world: Path) -> None:
     assert attack(world) == 0
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [[], {}, 5, "none"])
 def test_a_mask_that_is_none(world: Path, mask: object) -> None:
     path = world / "bad/config.json"
@@ -59,6 +59,7 @@ def test_a_mask_that_is_none(world: Path, mask: object) -> None:
     hostile.attack_file(path, st.just(json.dumps(record).encode()), lambda: attack(world), 1)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 def test_objects(name: str, examples: int, world: Path) -> None:
@@ -67,6 +68,7 @@ def test_objects(name: str, examples: int, world: Path) -> None:
     hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
 def test_bytes(name: str, examples: int, world: Path) -> None:
@@ -75,6 +77,7 @@ def test_bytes(name: str, examples: int, world: Path) -> None:
     hostile.attack_file(path, drawn, lambda: attack(world), examples)
 
 
+@pytest.mark.slow
 @EXAMPLES
 def test_rows(examples: int, world: Path) -> None:
     path = world / "bad/metrics.jsonl"

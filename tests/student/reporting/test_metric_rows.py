@@ -19,6 +19,7 @@ def write(run: Path, steps: list[int], after: str = "") -> Path:
     return run
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 257, 1000])
 @pytest.mark.parametrize("after", ["", '{"step": 99'])
 def test_every_row_is_found(tmp_path: Path, count: int, after: str) -> None:

@@ -92,6 +92,7 @@ def test_a_page_is_the_same_each_time_and_holds_no_script(runs: Path, tmp_path: 
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_an_online_run_is_shown_pictures_alone(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     facts = make(runs, "mae", out=out, more=("--images", fx.pictures(), "--count", "1"))
@@ -103,6 +104,7 @@ def test_an_online_run_is_shown_pictures_alone(runs: Path, tmp_path: Path) -> No
     assert len(page.images) == 2 + 1 + 2 + 3  # uniform and blockwise need no teacher
 
 
+@pytest.mark.slow
 def test_without_cache_and_pictures_the_page_says_what_brings_them(
     runs: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +120,7 @@ def test_without_cache_and_pictures_the_page_says_what_brings_them(
     assert "student eval" in text
 
 
+@pytest.mark.slow
 def test_a_cache_without_pixels_gives_the_teacher_alone(runs: Path, tmp_path: Path) -> None:
     more = ("--cache", fx.cache_path(), "--count", "1")
     facts = make(runs, "mralign", out=tmp_path / "page.html", more=more)
@@ -143,6 +146,7 @@ def make_missing(runs: Path, tmp_path: Path) -> list[str]:
     return make(runs, "mralign", out=tmp_path / "whole.html", more=more)["missing"]
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_run_is_found_by_its_id(runs: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -239,6 +243,7 @@ def test_eighteen_runs_are_told_apart_and_nineteen_are_refused(runs: Path, tmp_p
 # --- strangers' texts and files -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_strangers_wrote_is_shown_and_not_carried_out(runs: Path, tmp_path: Path) -> None:
     run = copy_with_rows(
         runs, tmp_path / "<b>odd&", [{"step": 1, "loss": 1.0, HOSTILE: 2.0, "$x$": 1.0}]
@@ -259,6 +264,7 @@ def test_what_strangers_wrote_is_shown_and_not_carried_out(runs: Path, tmp_path:
     assert '<script>alert("1")</script>\\x1b[31m\\u202e&' in page.text
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_is_not_run(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "own"
     shutil.copytree(runs / "mralign", run)
@@ -271,6 +277,7 @@ def test_a_recipe_of_ones_own_is_not_run(runs: Path, tmp_path: Path) -> None:
     assert not {"alignment", "reconstructions"} & set(facts["sections"])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_the_pictures_alone(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "bad"
     shutil.copytree(runs / "mralign", run)
@@ -294,6 +301,7 @@ def test_features_that_are_not_finite_are_told(runs: Path, tmp_path: Path) -> No
     assert "attention" in facts["sections"]  # the teacher's
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_report_is_left_alone(runs: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.html"
     mine.write_text("<html>mine</html>")

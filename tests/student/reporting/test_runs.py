@@ -215,6 +215,7 @@ def test_odd_values_are_told_or_left_out(tmp_path: Path) -> None:
         assert out.endswith("0 s ago\n")  # file systems end at different years
 
 
+@pytest.mark.slow
 def test_of_each_run_one_row_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
     plain = metric_rows.parse_row

@@ -95,6 +95,7 @@ def test_a_setting_that_agrees_is_taken(tmp_path: Path) -> None:
 # --- what is missing, and the command that makes it -----------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_missing_level_is_added_in_its_place(tmp_path: Path) -> None:
     """The proposed command keeps what is there, and the same command to train is then served."""
     there = copy(fx.cache_path(), tmp_path)
@@ -136,6 +137,7 @@ def runs_of(cache: Path, home: Path) -> list[dict[str, Any]]:
     return runs
 
 
+@pytest.mark.slow
 def test_the_command_says_all_by_which_a_cache_is_made(tmp_path: Path) -> None:
     """Every option of an odd cache: made again from them elsewhere, it is the same cache."""
     views = (
@@ -263,6 +265,7 @@ def test_a_plain_cache_is_found_beside_its_archive(tmp_path: Path) -> None:
     assert "2 caches serve maskalign" in train("either").line
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "sets",
     [
@@ -323,6 +326,7 @@ def test_a_kept_cache_sets_the_stored_mask_and_says_so(tmp_path: Path) -> None:
     assert fx.losses(tmp_path / "set") == fx.losses(tmp_path / "run")
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("sets", "told"),
     [

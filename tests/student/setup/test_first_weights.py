@@ -84,6 +84,7 @@ def exports(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return {path.name: path for path in root.iterdir()}
 
 
+@pytest.mark.slow
 def test_exported_folders_begin_a_run(
     runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -107,6 +108,7 @@ class Model(nn.Module):
         self.encoder = build_encoder(settings, settings["family"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:timm")
 def test_exports_of_every_layout_and_family_fill_the_same_encoder(
     runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path
@@ -131,6 +133,7 @@ def test_exports_of_every_layout_and_family_fill_the_same_encoder(
         start(Model(runs["cae"], 32))
 
 
+@pytest.mark.slow
 def test_folders_that_hold_no_such_encoder_are_told(
     exports: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make(kind, folder / str(i)) for i, kind in enumerate(TRIED)}
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRIED)
 def test_a_cache_is_made_verified_and_trained_from(
     kind: str, caches: dict[str, Path], tmp_path: Path
@@ -133,7 +133,7 @@ def test_without_attention_the_order_is_uniform_and_nothing_else_is_stored(
             assert "attention" in cache.fields
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--tokens", "ranked", "--keep", "5"), ("--codec", "q8")])
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
 def test_without_attention_other_layouts_work_too(

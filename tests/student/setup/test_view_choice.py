@@ -362,6 +362,7 @@ def test_resuming_in_another_range_is_refused(tmp_path: Path) -> None:
 # --- the search -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wide_cache_is_found_by_a_narrower_need(tmp_path: Path) -> None:
     """And one of the published crops before it; one of narrower crops is not taken."""
     home = tmp_path / "home"

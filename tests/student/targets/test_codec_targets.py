@@ -69,7 +69,7 @@ def whole_features(cache: Cache, rows: np.ndarray, views: np.ndarray, layout: st
 # --- what is decoded of a batch -------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(3)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("codec", LOSSY)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_visible_tokens_alone_are_decoded(
@@ -107,6 +107,7 @@ def test_visible_tokens_alone_are_decoded(
         assert np.isnan(got[at]).any()  # 6 of 16 patches are stored
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_where_no_more_than_the_visible_ones_is_read(layout: str) -> None:
     """A prefix of a ranked cache, as mask=stored reads it: in the order of the picture all the
@@ -166,7 +167,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "sets"), RUNS, ids=str)
 def test_the_teacher_online_gives_what_the_cache_does(
     recipe: str, sets: tuple[str, ...], tmp_path: Path
@@ -294,6 +295,7 @@ def test_two_teachers_in_two_codecs(own: str, second: str, tmp_path: Path) -> No
 MASKALIGN = (f"teacher={WIDE}", "img_size=32", "patch_size=8")
 
 
+@pytest.mark.slow
 def test_a_lossy_cache_is_taken_where_it_is_named_and_never_found(tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(cache_path("t3"), home / "small")
@@ -311,6 +313,7 @@ def test_a_lossy_cache_is_taken_where_it_is_named_and_never_found(tmp_path: Path
     assert "in codec t3, which is lossy" in ran.err
 
 
+@pytest.mark.slow
 def test_a_second_teacher_that_is_lossy_is_not_found_either(tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(cache_path("fp16"), home / "both")

@@ -125,7 +125,7 @@ def test_a_whole_cache_has_nothing_absent(whole: Path) -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "sets", "options"),
     [
@@ -346,7 +346,7 @@ def test_token_ids_are_not_made(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("record", ["there", "lost"])
 def test_pictures_in_quarantine_stay_there(record: str, tmp_path: Path) -> None:
     """p07 cannot be read, and lies in the shard that goes; its record tells, or quarantine.json.

@@ -74,6 +74,7 @@ def test_batches_are_those_of_the_cache(
     assert fx.VIEWS * 17 * stored <= size < fx.VIEWS * 17 * stored + 64 * len(made[0].fields)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same(tmp_path: Path) -> None:
     common = (
         "--cache",

@@ -89,6 +89,7 @@ def online(cache: Cache, name: str, weights: str | None) -> OnlineTargets:
     return OnlineTargets(policy, spec, None, fx.VIEWS, others=others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "weights"), [("reds", None), (DVAE, "random:3")])
 def test_ids_equal_the_caches(name: str, weights: str | None) -> None:
     name = reds() if name == "reds" else name
@@ -198,7 +199,7 @@ def test_cae_trains_without_any_cache(tmp_path: Path) -> None:
     assert np.isfinite(fx.losses(run)).all()
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [second.both_path, second.ranked_path])
 def test_mrmae_trains_with_two_teachers_in_the_loop(path: Any, tmp_path: Path) -> None:
     both_ways("mrmae", tmp_path, path(), second.JOINT)
@@ -217,6 +218,7 @@ def test_two_teachers_without_a_cache(tmp_path: Path) -> None:
     assert fx.weights(run)["joint_head.weight"].shape == (20, 48)
 
 
+@pytest.mark.slow
 def test_a_lossy_codec_of_the_second_teacher_alone(tmp_path: Path) -> None:
     cache = Path(shutil.copytree(fx.cache_path(), tmp_path / "cache"))
     words = (

@@ -129,7 +129,7 @@ def test_a_teachers_own_eps() -> None:
         np.testing.assert_allclose(got["second"].numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [both_path, ranked_path])
 def test_two_teachers_train_with_a_head_each(path: object, tmp_path: Path) -> None:
     """Depth and width of the second teacher are facts of the cache."""
@@ -182,6 +182,7 @@ def test_a_second_teacher_that_is_not_there_is_added(tmp_path: Path) -> None:
     fx.good(fx.train("mrmae", tmp_path / "run", "--cache", there, *ONE, sets=JOINT))
 
 
+@pytest.mark.slow
 def test_a_level_of_the_second_teacher_is_added(tmp_path: Path) -> None:
     there = add(Path(shutil.copytree(fx.cache_path(), tmp_path / "cache")), levels="1,2")
     ran = fx.train("mrmae", tmp_path / "run", "--cache", there, *ONE, sets=JOINT)
@@ -191,6 +192,7 @@ def test_a_level_of_the_second_teacher_is_added(tmp_path: Path) -> None:
     fx.good(fx.train("mrmae", tmp_path / "run", "--cache", there, *ONE, sets=JOINT))
 
 
+@pytest.mark.slow
 def test_views_that_only_the_first_teacher_has_are_added(tmp_path: Path) -> None:
     there = add(Path(shutil.copytree(fx.cache_path(), tmp_path / "cache")), levels="last:1")
     words = (
@@ -211,6 +213,7 @@ def test_views_that_only_the_first_teacher_has_are_added(tmp_path: Path) -> None
     fx.good(fx.train("mrmae", tmp_path / "run", "--cache", there, *ONE, sets=JOINT))
 
 
+@pytest.mark.slow
 def test_a_second_teacher_of_which_few_patches_are_kept(tmp_path: Path) -> None:
     there = Path(shutil.copytree(fx.cache_path(), tmp_path / "cache"))
     add(there, "--tokens", "ranked", "--keep", "5")

@@ -122,6 +122,7 @@ def test_time_and_the_disks_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "memory: weights " in told
 
 
+@pytest.mark.slow
 def test_the_page_cache_is_gone_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     plain = dry_run.Cache

@@ -66,7 +66,7 @@ def of_python() -> None:
     raise MemoryError
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fails", "told"),
     [
@@ -227,7 +227,7 @@ def test_the_cache_is_deleted_under_the_run(
     assert_undisturbed(run, tmp_path / "whole")
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_a_row_that_cannot_be_read(
     number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -188,6 +188,7 @@ def test_several_processes_reduce_once_and_stop_together(
     assert min(waits) > 0.9 * LATE * step
 
 
+@pytest.mark.slow
 def test_steps_that_may_be_left_out_are_asked_for(tmp_path: Path) -> None:
     """With --skip-nonfinite the host must know each loss before it makes the step."""
     ran = run_on_device("mae", tmp_path / "run", "--skip-nonfinite", 1)
@@ -196,7 +197,7 @@ def test_steps_that_may_be_left_out_are_asked_for(tmp_path: Path) -> None:
     assert asked == ["_local_scalar_dense"] * (STEPS - 2)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ONLINE])
 def test_two_teachers(more: tuple[str, ...], tmp_path: Path) -> None:
     options = ("--cache", second.both_path(), *more)

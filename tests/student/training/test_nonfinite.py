@@ -164,6 +164,7 @@ def test_the_reproducer_holds_that_very_micro_batch(
         )
 
 
+@pytest.mark.slow
 def test_replay_runs_it_again(stopped: tuple[Path, fx.Ran], tmp_path: Path) -> None:
     """The same parts to the bit, drop path drawn alike, and the module where it begins."""
     run, _ = stopped
@@ -186,6 +187,7 @@ def test_replay_runs_it_again(stopped: tuple[Path, fx.Ran], tmp_path: Path) -> N
     assert other["parts"]["plain"] != facts["parts"]["plain"]
 
 
+@pytest.mark.slow
 def test_a_reproducer_runs_no_code_and_says_what_is_missing(
     stopped: tuple[Path, fx.Ran], tmp_path: Path
 ) -> None:
@@ -319,6 +321,7 @@ def test_some_steps_may_be_left_out(tmp_path: Path, pictures: Path) -> None:
     assert fx.same_weights(cut, run)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_left_out_changes_nothing(tmp_path: Path, pictures: Path) -> None:
     """Weights, moments, counts of steps and the average are those of the checkpoint before it."""
     run = tmp_path / "run"

@@ -192,6 +192,7 @@ def test_every_recipe_makes_the_same_numbers_with_a_probe(recipe: str, tmp_path:
     assert probed(plain) == {}
 
 
+@pytest.mark.slow
 def test_a_recipe_that_draws_and_keeps_statistics_is_left_alone(tmp_path: Path) -> None:
     """Dropout and its own draws of torch, numpy and Python; BatchNorm's running mean is in the
     checkpoint; a module that the recipe keeps in eval mode stays in it."""
@@ -202,6 +203,7 @@ def test_a_recipe_that_draws_and_keeps_statistics_is_left_alone(tmp_path: Path) 
     assert list(probed(watched)) == [3, 6, 7]
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the generators' being kept the two runs differ."""
     plain = mine(tmp_path, "plain", "--steps", 7)
@@ -211,7 +213,7 @@ def test_the_comparison_sees_a_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert without_probe(plain) != without_probe(watched)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["with", "without"])
 def test_interrupted_and_resumed_with_a_probe_or_without(
     first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -365,6 +367,7 @@ def test_a_teacher_that_cannot_be_had_leaves_alignment_out(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_a_cached_run_are_the_probes(tmp_path: Path) -> None:
     """They are compared with those of the cache; without a probe a cache wants none."""
     teacher = "timm:vit_tiny_patch16_224,img_size=32,patch_size=8,embed_dim=24,depth=4,num_heads=2"

@@ -269,6 +269,7 @@ def test_an_interrupt_before_the_first_step_leaves_no_run(
 # ---------------------------------------------------------------- the ledger
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_among_a_caches_runs_and_a_resume_without_work_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,7 @@ def test_a_whole_command_in_a_file_says_what_it_does_and_no_more(tmp_path: Path)
     assert "\r" not in ran.err
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_this_process() -> None:
     """As the kernel tells it, and more after more was used."""
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]

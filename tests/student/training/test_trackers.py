@@ -54,6 +54,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[A
     return lambda: [json.loads(line) for line in place.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_every_row_once(
     told: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_tensorboard_is_given_every_row_and_where_to_cut(
     assert second.closed
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     """With the package itself, where it is installed."""
     pytest.importorskip("tensorboard")

@@ -169,7 +169,7 @@ def test_step_seed_literals() -> None:
 # --- what fails before the first step -------------------------------------------------------------
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     "wrong", ["encoder=tny", "encoder=tiny,dept=3", "encoder=resnet50", "encoder=tiny,num_heads=5"]
 )
@@ -289,6 +289,7 @@ def test_the_ledger_lies_in_home_and_the_cache_is_untouched(tmp_path: Path) -> N
     assert noted["run"] == str(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_config_file_is_a_runs_own_record(tmp_path: Path) -> None:
     first = run_of(tmp_path, "--steps", "3", name="first", sets=("drop_path=0.3",))
     options = (
@@ -340,6 +341,7 @@ def test_the_same_command_gives_the_same_run_and_another_seed_another(tmp_path: 
     assert fx.losses(run_of(tmp_path, "--steps", "4", "--seed", "1", name="c")) != fx.losses(a)
 
 
+@pytest.mark.slow
 def test_an_out_that_is_used_is_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, "--steps", "1")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -422,6 +424,7 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_bf16_is_near_fp32_and_weights_stay_fp32(tmp_path: Path) -> None:
     exact = fx.losses(run_of(tmp_path, "--steps", "4", name="fp32"))
     rough = run_of(tmp_path, "--steps", "4", "--precision", "bf16", name="bf16")
@@ -584,7 +587,7 @@ def test_ways_of_reading_without_anything_to_read(option: tuple[str, ...], tmp_p
 # --- what a resumed run must agree with -----------------------------------------------------------
 
 
-@pytest.mark.slow_after(2)
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -652,6 +655,7 @@ def weighted(tmp_path: Path, seed: int) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_caches_of_other_weights_cannot_be_mixed_up(tmp_path: Path) -> None:
     a, b = weighted(tmp_path, 0), weighted(tmp_path, 1)
     assert manifest.read(a)["id"] != manifest.read(b)["id"]
@@ -667,6 +671,7 @@ def test_caches_of_other_weights_cannot_be_mixed_up(tmp_path: Path) -> None:
     fx.good(fx.train("maskalign", tmp_path / "run", "--cache", a, *options, "--resume"))
 
 
+@pytest.mark.slow
 def test_online_over_a_cache_uses_its_weights(tmp_path: Path) -> None:
     """The file changed since the extraction: those are other weights, and the comparison would mean
     nothing."""

@@ -51,6 +51,7 @@ def test_the_average_by_hand(tmp_path: Path) -> None:
                            states[-1]["model"]["encoder.blocks.0.mlp.fc1.weight"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_average_changes_no_number_of_the_run(tmp_path: Path) -> None:
     assert_undisturbed(run_of(tmp_path / "with", "--ema", "0.9"), run_of(tmp_path / "without"))
 
@@ -77,6 +78,7 @@ def test_the_average_is_evaluated_where_it_is_asked_for(tmp_path: Path) -> None:
     assert (ran.status, "keeps no average" in ran.line) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_average(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", "--ema", "0.5", "--save-every", "3")
     (run / "checkpoints/step-00000006.pt").unlink()
@@ -264,6 +266,7 @@ def test_a_compiled_run_resumes_exactly(tmp_path: Path) -> None:
     assert len(metrics.read(tmp_path / "cut")) == 6
 
 
+@pytest.mark.slow
 def test_the_way_of_running_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
     """Memory got short: the rest of the run recomputes its blocks, and nothing else changes."""
     whole = run_of(tmp_path / "whole", "--save-every", "3")

@@ -195,6 +195,7 @@ def test_scores_leave_no_trace_in_the_run(tmp_path: Path) -> None:
     assert fx.same_weights(tmp_path / "1", tmp_path / "100")
 
 
+@pytest.mark.slow
 def test_every_second_epoch_and_the_end(tmp_path: Path) -> None:
     fx.good(ft.finetune("mae", tmp_path / "run", "--eval-every", 2))
     scored = [row["step"] for row in metrics.read(tmp_path / "run") if "top1" in row]
