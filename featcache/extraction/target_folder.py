@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import UserError, counted
+from featcache.errors import UserError, command_line, counted
 from featcache.storage import codec_state, commit, identity, json_file, manifest
 from featcache.storage.own_folder import own_shards
 from featcache.storage.record import read_record
@@ -255,7 +255,8 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
     if rows and not sum(record["rows"] for record in records):
         raise UserError(
             f"none of {counted(len(rows), 'picture')} could be used, the first {rows[0]['key']!r}: "
-            f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}"
+            f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}; this cache has no row: repair the pictures, "
+            f"remove it with `{command_line('featcache', 'rm', out)}`, and run the same command again"
         )
 
 
