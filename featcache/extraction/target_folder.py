@@ -255,8 +255,9 @@ def report_quarantine(out: Path, wanted: dict[str, Any]) -> None:
     if rows and not sum(record["rows"] for record in records):
         raise UserError(
             f"none of {counted(len(rows), 'picture')} could be used, the first {rows[0]['key']!r}: "
-            f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}; this cache has no row: repair the pictures, "
-            f"remove it with `{command_line('featcache', 'rm', out)}`, and run the same command again"
+            f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}; repair them, "
+            f"remove this cache of no rows with `{command_line('featcache', 'rm', out)}`, and run "
+            "the same command again"
         )
 
 
