@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ def session(pid: int) -> int | None:
     return None
 
 
+def with_programs() -> dict[str, str]:
+    """The environment of a shell in which this interpreter's own programs are found first."""
+    own = fx.environment()
+    return {**own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), own.get("PATH", "")])}
+
+
 Launch = Callable[[str], Launched]
 
 
@@ -108,7 +115,7 @@ def launch(tmp_path: Path) -> Launch:
     words = ["-m", "student", "train", "--recipe", "mralign", "--cache", str(fx.cache_path())]
     words += ["--device", "cpu", "--out", str(run), *OPTIONS, *settings]
     path = f"{tmp_path}:{Path(__file__).parents[3]}"
-    env = {**fx.environment(), "PYTHONPATH": path, "STATUSES": str(statuses)}
+    env = {**with_programs(), "PYTHONPATH": path, "STATUSES": str(statuses)}
 
     def begin(name: str) -> Launched:
         launcher = subprocess.Popen(
@@ -201,7 +208,7 @@ def test_accelerate_that_starts_one_process_of_two_is_refused(tmp_path: Path) ->
     words = ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "student", "train"]
     words += ["--cache", str(fx.cache_path()), "--out", str(tmp_path / "run")]
     ran = subprocess.run(
-        words, env=fx.environment(), capture_output=True, text=True, timeout=100, check=False
+        words, env=with_programs(), capture_output=True, text=True, timeout=100, check=False
     )
     (line,) = re.findall(r"^error: .*$", ran.stderr, re.M)
     assert "torchrun --nproc_per_node N -m student train ..." in line
