@@ -223,7 +223,8 @@ def test_a_teacher_in_the_loop_is_spent_and_saves_nothing(
 def test_a_failed_run_leaves_its_line(home: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text("no JSON")
-    assert fx.train("kd", tmp_path / "run", "--cache", cache, *OPTIONS, home=home).status == 1
+    words = ("--cache", cache, *OPTIONS, "--resume")
+    assert fx.train("kd", tmp_path / "run", *words, home=home).status == 1
     (line,) = lines(home, "train")
     assert (line["outcome"], line["views_shown"]) == ("failed", 0)
 
