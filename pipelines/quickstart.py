@@ -165,12 +165,8 @@ def cli(out: Path, seed: int, seeds: str | None, control: bool, reduced: bool) -
     seconds = time.perf_counter() - started
     environment = json.loads((out / f"seed-{numbers[0]}/mralign/environment.json").read_text())
     text = report(found, environment, plan, seconds)
-    facts = {
-        "seconds": round(seconds, 1),
-        "plan": asdict(plan),
-        "settings": SETTINGS,
-        "probe": PROBE,
-    }
+    facts = {"seconds": round(seconds, 1), "plan": asdict(plan)}
+    facts |= {"settings": SETTINGS, "probe": PROBE}
     facts |= {"environment": environment, "margins": margins(found), "seeds": found}
     (out / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "results.md").write_text(text)
@@ -227,8 +223,7 @@ def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
             ["--teacher", digits.SPEC, "--weights", teacher] if name == "teacher" else [home / name]
         )
         for column, (kind, pool) in EVALS.items():
-            words = eval_arguments(kind, pool, given, train, test, seed)
-            said, _ = run(*words)
+            said, _ = run(*eval_arguments(kind, pool, given, train, test, seed))
             rows[name][column] = float(json.loads(said.splitlines()[-1])["top1"])
     return rows
 

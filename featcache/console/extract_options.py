@@ -131,7 +131,9 @@ def build_plans(options: ExtractOptions, say: Callable[[str], None]) -> tuple[li
     inputs = open_inputs(options)
     plans = [_plan(options, inputs, name, levels[name], weights[name]) for name in options.names]
     policy = _fitting_policy(options, plans[0], say)
-    return [replace(plan, policy=policy) for plan in plans], inputs._replace(policy=policy)
+    if policy != inputs.policy:
+        plans = [replace(plan, policy=policy) for plan in plans]
+    return plans, inputs._replace(policy=policy)
 
 
 def _fitting_policy(options: ExtractOptions, plan: Plan, say: Callable[[str], None]) -> Policy:

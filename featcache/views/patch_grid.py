@@ -35,5 +35,6 @@ def misfit(size: int, patches: int, input_px: int | None) -> str:
             f"views of {size} pixels cannot be cut into the teacher's "
             f"{counted(patches, 'patch', 'patches')}, which are no square"
         )
-    other = input_px if input_px and patch_px(input_px, patches) else side * round(size / side)
+    fits = input_px is not None and patch_px(input_px, patches) is not None
+    other = input_px if fits else side * max(round(size / side), 1)
     return f"views of {size} pixels cannot be cut into the teacher's {grid} (--size {other} can)"

@@ -69,30 +69,27 @@ class ProbeOptions:
         object.__setattr__(self, "rates", parse_rates(self.blr))
         if self.epochs < 1 or not 0 <= self.warmup_epochs < self.epochs:
             raise UsageError(
-                f"cannot train {counted(self.epochs, 'epoch')} with "
-                f"{self.warmup_epochs} of warm-up: warm-up "
-                "is 0 or more and below the epochs; give --warmup-epochs "
+                f"cannot train {counted(self.epochs, 'epoch')} with {self.warmup_epochs} of "
+                "warm-up: warm-up is 0 or more and below the epochs; give --warmup-epochs "
                 f"{max(0, self.epochs // 9)} or more epochs"
             )
         if self.epochs > MOST_EPOCHS or (self.train_views or 0) > MOST_VIEWS:
             raise UsageError(
-                f"cannot train {counted(self.epochs, 'epoch')} on "
-                f"{self.train_views or 'fresh'} views: "
-                f"{MOST_EPOCHS} epochs and {MOST_VIEWS} views at most are allowed"
+                f"cannot train {counted(self.epochs, 'epoch')} on {self.train_views or 'fresh'} "
+                f"views: {MOST_EPOCHS} epochs and {MOST_VIEWS} views at most are allowed"
             )
         if self.train_views is not None and self.train_views < 0:
             raise UsageError(
-                f"cannot train on {counted(self.train_views, 'view')}: --train-views is "
-                "0 (centre view), 1 or "
-                "more (augmented views, embedded once) or not given (a fresh view each epoch)"
+                f"cannot train on {counted(self.train_views, 'view')}: --train-views is 0 (centre "
+                "view), 1 or more (augmented views, embedded once) or not given (a fresh view each "
+                "epoch)"
             )
         self.check_batch(self.pictures)
         steps = self.epochs * (self.pictures // min(self.batch_size, self.pictures))
         if steps > MOST_STEPS:
             raise UsageError(
-                f"cannot train {counted(steps, 'step')}: {MOST_STEPS} at most are "
-                "allowed; give fewer "
-                "--epochs or a larger --batch-size"
+                f"cannot train {counted(steps, 'step')}: {MOST_STEPS} at most are allowed; give "
+                "fewer --epochs or a larger --batch-size"
             )
 
     def check_batch(self, pictures: int) -> None:

@@ -26,10 +26,10 @@ CASES = [
     (Annotated[float, Field(le=1)], 2.0, "at most 1.0 is needed"),
     (Annotated[int, Field(multiple_of=8)], 9, "a multiple of 8 is needed"),
     (Literal["a", "b"], "c", "'a' or 'b' is needed"),
-    (Annotated[list[int], Field(min_length=2)], [1], "at least 2 entries are needed"),
-    (Annotated[list[int], Field(max_length=1)], [1, 2], "at most 1 entries are allowed"),
-    (Annotated[str, Field(min_length=2)], "a", "at least 2 characters are needed"),
-    (Annotated[str, Field(max_length=1)], "ab", "at most 1 characters are allowed"),
+    (Annotated[list[int], Field(min_length=2)], [1], "a length of at least 2 is needed"),
+    (Annotated[list[int], Field(max_length=1)], [1, 2], "a length of at most 1 is needed"),
+    (Annotated[str, Field(min_length=2)], "a", "a length of at least 2 is needed"),
+    (Annotated[str, Field(max_length=1)], "ab", "a length of at most 1 is needed"),
     (Annotated[str, Field(pattern="^a$")], "b", "a text that ^a$ fits is needed"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +24,24 @@ def test_multiples_of_the_grid_can_be_cut(side: int, patch: int) -> None:
     assert side == 1 or patch_grid.patch_px(side * patch + 1, side * side) is None
 
 
-@given(st.integers(1, 500), st.integers(1, 1200), st.none() | st.integers(1, 500))
-def test_what_is_proposed_can_be_cut(size: int, patches: int, own: int | None) -> None:
-    told = patch_grid.misfit(size, patches, own)
-    if "--size" in told:
+@given(st.integers(1, 500), st.integers(1, 40), st.none() | st.integers(1, 500))
+def test_what_is_proposed_can_be_cut(size: int, side: int, own: int | None) -> None:
+    """The teacher's own size where that can be; else a multiple of the grid near the one given, and
+    never none at all."""
+    told = patch_grid.misfit(size, side**2, own)
+    assert bool(told) == (size % side != 0)
+    if told:
         proposed = int(told.partition("--size ")[2].partition(" ")[0])
-        assert patch_grid.patch_px(proposed, patches)
+        assert proposed > 0
+        assert proposed % side == 0
+        assert proposed == own or abs(proposed - size) <= side
+
+
+@given(st.integers(1, 500), st.integers(2, 1200).filter(lambda n: math.isqrt(n) ** 2 != n))
+def test_no_size_fits_patches_that_are_no_square(size: int, patches: int) -> None:
+    told = patch_grid.misfit(size, patches, size)
+    assert told.endswith("which are no square")
+    assert "--size" not in told
 
 
 def test_without_a_size_views_are_as_the_teachers_input(
