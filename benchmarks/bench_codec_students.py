@@ -31,7 +31,7 @@ def one_seed(home: Path, seed: int, names: list[str], plan: quickstart.Plan) -> 
     """Return the scores of a student of each codec."""
     train, test = f"{home}/data/train-*.tar", f"{home}/data/test-*.tar"
     plain = home / codec_names.LOSSLESS
-    quickstart.run("pipelines.digits", home, "--seed", seed, "--epochs", plan.teacher_epochs)
+    quickstart.run(*quickstart.digits_arguments(home, seed, plan))
     weights = home / "teacher.safetensors"
     quickstart.run(*quickstart.extract_arguments(train, weights, plain, seed, plan))
     found = {}

@@ -54,7 +54,7 @@ print(f"\n{cache.cache}: {cache.new_pictures} pictures")
 
 # %% Students: one learns from the cache, one is not trained
 SETTINGS = {
-    "encoder": digits.ENCODER,
+    "encoder": digits.TEACHER.student,
     "decoder_width": 64,
     "decoder_depth": 2,
     "decoder_heads": 4,

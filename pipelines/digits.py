@@ -32,7 +32,7 @@ from featcache.console.option import HelpGroup, option
 from featcache.console.params import LocalPath
 from featcache.pictures.source import Source
 from pipelines import small_teacher
-from pipelines.small_teacher import SmallTeacher, start_of
+from pipelines.small_teacher import BATCH_SIZE, LR, SmallTeacher, start_of
 
 __all__ = ["start_of"]
 
@@ -41,21 +41,24 @@ TRAIN = 1400
 CLASSES = 10
 SHARD_SIZE = 512
 ARCHITECTURE = "vit_small_patch16_224"
+DEPTH = 6
 OPTIONS: dict[str, Any] = {
     "img_size": PX,
     "patch_size": 4,
     "embed_dim": 128,
-    "depth": 6,
     "num_heads": 4,
 }
 # The teacher is trained on the same crops as the extraction draws; a mirrored digit is another
 # shape.
 CROPS: dict[str, Any] = {"size": PX, "scale": (0.7, 1.0), "flip": 0.0}
-TEACHER = SmallTeacher(ARCHITECTURE, OPTIONS, CLASSES, CROPS)
-# a student of the same sizes, whose picture and patch come from the cache
-ENCODER = f"{ARCHITECTURE}," + ",".join(
-    f"{key}={OPTIONS[key]}" for key in ("embed_dim", "depth", "num_heads")
-)
+
+
+def teacher(depth: int = DEPTH) -> SmallTeacher:
+    """Return the digits' teacher of so many blocks."""
+    return SmallTeacher(ARCHITECTURE, {**OPTIONS, "depth": depth}, CLASSES, CROPS)
+
+
+TEACHER = teacher()
 SPEC = TEACHER.spec
 
 
@@ -84,13 +87,9 @@ def write_shards(out: Path, seed: int) -> None:
     small_teacher.pack_parts(out, SHARD_SIZE, seed)
 
 
-def train_teacher(
-    train: Source, *, seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3
-) -> VisionTransformer:
+def train_teacher(train: Source, *, seed: int, epochs: int) -> VisionTransformer:
     """Train the digits' teacher; a student of the same seed starts from other weights."""
-    return small_teacher.train(
-        TEACHER, train, seed=seed, epochs=epochs, batch_size=batch_size, lr=lr
-    )
+    return small_teacher.train(TEACHER, train, seed=seed, epochs=epochs)
 
 
 def accuracy(vit: VisionTransformer, source: Source) -> float:
@@ -122,13 +121,45 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
     show_default=True,
     help="Of the teacher's training.",
 )
-def cli(out: Path, seed: int, epochs: int) -> None:
+@option(
+    "--depth",
+    group=HelpGroup.TRAINING,
+    type=click.IntRange(1),
+    default=DEPTH,
+    show_default=True,
+    help="Blocks of the teacher.",
+)
+@option(
+    "--batch-size",
+    group=HelpGroup.TRAINING,
+    type=click.IntRange(1),
+    default=BATCH_SIZE,
+    show_default=True,
+    help="Of the teacher's training.",
+)
+@option(
+    "--lr",
+    group=HelpGroup.TRAINING,
+    type=click.FloatRange(0, min_open=True),
+    default=LR,
+    show_default=True,
+    help="Of the teacher's training, at its peak.",
+)
+def cli(out: Path, seed: int, epochs: int, depth: int, batch_size: int, lr: float) -> None:
     """Write the digits to OUT/data as labelled shards and train OUT/teacher.safetensors on the
     training part.
     """
     torch.set_num_threads(2)
     write_shards(out, seed)
-    small_teacher.train_from_shards(TEACHER, out, what="digits", seed=seed, epochs=epochs)
+    small_teacher.train_from_shards(
+        teacher(depth),
+        out,
+        what="digits",
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+    )
 
 
 def main() -> None:

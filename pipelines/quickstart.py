@@ -54,11 +54,15 @@ SPREAD = {"knn": 3.0, "linear": 1.9}
 WAITING = "PASSIVE"
 MARKER = ".quickstart"  # in a folder that this program made and may clear
 LEVELS = 3
+# Four blocks learn digits as well as six do, in half the time; with small batches their loss leaves
+# its plateau earlier: 86 % of the held-out digits after 8 epochs of 16 at 1e-3, 82 % after 16 of 64
+# at 2e-3 with six blocks.
+TEACHER = digits.teacher(depth=4)
 # One decoder, one learning rate, one schedule for every student: the recipes' own defaults are for
 # ImageNet. The learning rate is where the training loss is lowest: after 20 epochs 1e-3, 2e-3 and
 # 4e-3 end at .29, .26 and .20 for mralign.
 SETTINGS = {
-    "encoder": digits.ENCODER,
+    "encoder": TEACHER.student,
     "decoder_width": 64,
     "decoder_depth": 2,
     "decoder_heads": 4,
@@ -98,7 +102,9 @@ Row = dict[str, float]
 class Plan:
     """The length of everything; all else is the same."""
 
-    teacher_epochs: int = 16
+    teacher_epochs: int = 8
+    teacher_batch_size: int = 16
+    teacher_lr: float = 1e-3
     epochs: int = 16
     views: int = 4
     batch_size: int = 64
@@ -200,7 +206,7 @@ def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
     rows: dict[str, Row] = {name: {} for name in ROWS if plan.control or name != "control"}
 
     # ---- digits and teacher ----------------------------------------------------------------------
-    _, seconds = run("pipelines.digits", home, "--seed", seed, "--epochs", plan.teacher_epochs)
+    _, seconds = run(*digits_arguments(home, seed, plan))
     rows["teacher"]["train_s"] = seconds
 
     # ---- caches ----------------------------------------------------------------------------------
@@ -220,7 +226,9 @@ def one_seed(home: Path, seed: int, plan: Plan) -> dict[str, Row]:
     # ---- accuracy on held-out digits -------------------------------------------------------------
     for name in rows:
         given = (
-            ["--teacher", digits.SPEC, "--weights", teacher] if name == "teacher" else [home / name]
+            ["--teacher", TEACHER.spec, "--weights", teacher]
+            if name == "teacher"
+            else [home / name]
         )
         for column, (kind, pool) in EVALS.items():
             said, _ = run(*eval_arguments(kind, pool, given, train, test, seed))
@@ -240,13 +248,22 @@ def eval_arguments(
     ]  # fmt: skip
 
 
+def digits_arguments(home: Path, seed: int, plan: Plan) -> list[Any]:
+    """Return the words that write the digits and train their teacher."""
+    return [
+        "pipelines.digits", home, "--seed", seed, "--depth", TEACHER.options["depth"],
+        "--epochs", plan.teacher_epochs, "--batch-size", plan.teacher_batch_size,
+        "--lr", plan.teacher_lr,
+    ]  # fmt: skip
+
+
 def extract_arguments(
     train: str, weights: Path | str, cache: Path, seed: int, plan: Plan
 ) -> list[Any]:
     """Return the words of `featcache extract` with the crops that the teacher learnt on."""
     low, high = digits.CROPS["scale"]
     return [
-        "featcache", "extract", "--teacher", digits.SPEC, "--weights", weights,
+        "featcache", "extract", "--teacher", TEACHER.spec, "--weights", weights,
         "--images", train, "--out", cache, "--views", plan.views, "--levels", f"last:{LEVELS}",
         "--size", digits.PX, "--scale", f"{low},{high}", "--flip", digits.CROPS["flip"],
         "--batch-size", 256, "--seed", seed,

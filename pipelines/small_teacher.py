@@ -38,6 +38,8 @@ from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
 from student.training.optim import warmup_cosine
 
+BATCH_SIZE = 64
+LR = 2e-3
 TELL_S = 8.0  # seconds between two lines on how far it is
 
 
@@ -86,8 +88,8 @@ def train(
     *,
     seed: int,
     epochs: int,
-    batch_size: int = 64,
-    lr: float = 2e-3,
+    batch_size: int = BATCH_SIZE,
+    lr: float = LR,
 ) -> VisionTransformer:
     """Train by cross-entropy on a fresh view of every picture each epoch."""
     vit = weights.build_seeded(
@@ -161,12 +163,21 @@ def accuracy(kind: SmallTeacher, vit: VisionTransformer, source: Source) -> floa
     return 100.0 * float((logits.argmax(1).numpy() == source.labels).mean())
 
 
-def train_from_shards(kind: SmallTeacher, out: Path, *, what: str, seed: int, epochs: int) -> None:
+def train_from_shards(
+    kind: SmallTeacher,
+    out: Path,
+    *,
+    what: str,
+    seed: int,
+    epochs: int,
+    batch_size: int = BATCH_SIZE,
+    lr: float = LR,
+) -> None:
     """Train on OUT/data's training part; write OUT/teacher.safetensors and OUT/teacher.json, and
     say how many of the held-out pictures its own head names."""
     started = time.perf_counter()
     fit, test = (open_source(out / "data" / f"{part}-*.tar") for part in ("train", "test"))
-    vit = train(kind, fit, seed=seed, epochs=epochs)
+    vit = train(kind, fit, seed=seed, epochs=epochs, batch_size=batch_size, lr=lr)
     save_file(vit.state_dict(), out / "teacher.safetensors")
     facts = {
         "spec": kind.spec,
