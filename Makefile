@@ -35,7 +35,7 @@ test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m '$(MARKS)' --doctest-modules featcache student pipelines tests $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m '$(MARKS)' --doctest-modules featcache student pipelines tests $(PYTEST_ARGS)
 
 test-all:
 	$(MAKE) test MARKS='not gpu'

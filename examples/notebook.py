@@ -29,19 +29,26 @@ def show(now: featcache.Progress) -> None:
 
 # %% Digits, and a teacher that is trained on them
 digits.write_shards(OUT, seed=0)
+TEACHER = digits.teacher(depth=4)
 small_teacher.train_from_shards(
-    digits.TEACHER, OUT, what="digits", seed=0, epochs=2 if REDUCED else 20
+    TEACHER,
+    OUT,
+    what="digits",
+    seed=0,
+    epochs=2 if REDUCED else 8,
+    batch_size=64 if REDUCED else 16,
+    lr=1e-3,
 )
 TRAIN = str(OUT / "data/train-*.tar")
 TEST = str(OUT / "data/test-*.tar")
 
 # %% The teacher runs once over the views, and its targets are stored
 cache = featcache.extract(
-    teacher=digits.SPEC,
+    teacher=TEACHER.spec,
     weights=OUT / "teacher.safetensors",
     images=TRAIN,
     out=OUT / "cache",
-    views=2 if REDUCED else 4,
+    views=1 if REDUCED else 4,
     levels="last:3",
     size=digits.PX,
     scale=digits.CROPS["scale"],
@@ -54,7 +61,7 @@ print(f"\n{cache.cache}: {cache.new_pictures} pictures")
 
 # %% Students: one learns from the cache, one is not trained
 SETTINGS = {
-    "encoder": digits.TEACHER.student,
+    "encoder": TEACHER.student,
     "decoder_width": 64,
     "decoder_depth": 2,
     "decoder_heads": 4,
@@ -66,7 +73,7 @@ SETTINGS = {
 runs = {}
 for name, length in {
     "untrained student": {"steps": 0},
-    "mralign student": {"epochs": 2 if REDUCED else 16},
+    "mralign student": {"epochs": 1 if REDUCED else 16},
 }.items():
     done = student.train(
         recipe="mralign",
@@ -86,7 +93,7 @@ for name, length in {
 # %% k-NN and a linear probe on digits that nobody saw
 PROBE = {"train_views": 0, "batch_size": 256, "blr": 2.7, "epochs": 15 if REDUCED else 90}
 SUBJECTS = {
-    "teacher": {"teacher": digits.SPEC, "weights": OUT / "teacher.safetensors"},
+    "teacher": {"teacher": TEACHER.spec, "weights": OUT / "teacher.safetensors"},
     **{name: {"run": run} for name, run in runs.items()},
 }
 table = {}

@@ -30,7 +30,6 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageChops
 
 from featcache import rng
@@ -250,7 +249,7 @@ def cli(out: Path, seed: int, epochs: int, clipart: Path) -> None:
     """Write clip art to OUT/data as labelled shards and train OUT/teacher.safetensors on the
     training part.
     """
-    torch.set_num_threads(2)
+    small_teacher.use_threads()
     write_pictures(clipart, out / "pictures", seed)
     small_teacher.pack_parts(out, SHARD_SIZE, seed)
     small_teacher.train_from_shards(TEACHER, out, what="drawings", seed=seed, epochs=epochs)

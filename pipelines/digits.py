@@ -21,7 +21,6 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
@@ -37,17 +36,12 @@ from pipelines.small_teacher import BATCH_SIZE, LR, SmallTeacher, start_of
 __all__ = ["start_of"]
 
 PX = 32
-TRAIN = 1400
+TRAIN, TEST = 1400, 397
 CLASSES = 10
 SHARD_SIZE = 512
 ARCHITECTURE = "vit_small_patch16_224"
-DEPTH = 6
-OPTIONS: dict[str, Any] = {
-    "img_size": PX,
-    "patch_size": 4,
-    "embed_dim": 128,
-    "num_heads": 4,
-}
+PATCH = 4
+WIDTH, DEPTH, HEADS = 128, 6, 4
 # The teacher is trained on the same crops as the extraction draws; a mirrored digit is another
 # shape.
 CROPS: dict[str, Any] = {"size": PX, "scale": (0.7, 1.0), "flip": 0.0}
@@ -55,7 +49,14 @@ CROPS: dict[str, Any] = {"size": PX, "scale": (0.7, 1.0), "flip": 0.0}
 
 def teacher(depth: int = DEPTH) -> SmallTeacher:
     """Return the digits' teacher of so many blocks."""
-    return SmallTeacher(ARCHITECTURE, {**OPTIONS, "depth": depth}, CLASSES, CROPS)
+    options = {
+        "img_size": PX,
+        "patch_size": PATCH,
+        "embed_dim": WIDTH,
+        "depth": depth,
+        "num_heads": HEADS,
+    }
+    return SmallTeacher(ARCHITECTURE, options, CLASSES, CROPS)
 
 
 TEACHER = teacher()
@@ -149,7 +150,7 @@ def cli(out: Path, seed: int, epochs: int, depth: int, batch_size: int, lr: floa
     """Write the digits to OUT/data as labelled shards and train OUT/teacher.safetensors on the
     training part.
     """
-    torch.set_num_threads(2)
+    small_teacher.use_threads()
     write_shards(out, seed)
     small_teacher.train_from_shards(
         teacher(depth),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,6 +75,13 @@ class SmallTeacher:
 
 def _joined(options: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in options.items())
+
+
+def use_threads() -> None:
+    """Take both cores, which torch leaves to one thread where they are one core's two; or as many
+    as OMP_NUM_THREADS says."""
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(2)
 
 
 def pack_parts(out: Path, shard_size: int, seed: int) -> None:

@@ -44,6 +44,7 @@ from featcache.teachers.dvae import Dvae
 from featcache.views.draw import draw_views
 from featcache.views.policy import Policy
 from featcache.views.render import render, render_centre
+from pipelines import small_teacher
 from pipelines.digits import CROPS
 from student.training.optim import warmup_cosine
 
@@ -198,7 +199,7 @@ def cli(out: Path, seed: int, epochs: int) -> None:
             f"no digits in {str(out / 'data')!r}: write them first with `python -m "
             f"pipelines.digits {out}`"
         )
-    torch.set_num_threads(2)
+    small_teacher.use_threads()
     started = time.perf_counter()
     source, test = (open_source(f"{out}/data/{part}-*.tar") for part in ("train", "test"))
     encoder, decoder = train(source, seed=seed, epochs=epochs)

@@ -43,7 +43,7 @@ PROBES: dict[str, dict[str, Any]] = {
         "train-views": 0,
         "batch-size": 256,
         "blr": "0.0125,0.05,0.2",
-        "heads": digits.OPTIONS["num_heads"],
+        "heads": digits.HEADS,
     },
     "logreg": {"C": 1},  # with ten pictures a class there are none to choose it by
     # MAE's protocol but for the learning rate, at which all rows learn (at 3e-3 the untrained

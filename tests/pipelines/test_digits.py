@@ -15,7 +15,7 @@ from sklearn.utils import Bunch
 
 from featcache import rng, teachers
 from featcache.pictures.open_source import open_source
-from pipelines import digits
+from pipelines import digits, small_teacher
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Bunch:
 def test_the_split_is_1400_to_397_of_different_digits(tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=0)
     train, test = (open_source(tmp_path / part) for part in ("train", "test"))
-    assert (len(train), len(test)) == (1400, 397)
+    assert (len(train), len(test)) == (1400, 397) == (digits.TRAIN, digits.TEST)
     numbers = [int(key.split("/")[1]) for source in (train, test) for key in source.keys]
     assert sorted(numbers) == list(range(1797))
     assert train.classes == test.classes == [str(label) for label in range(10)]
@@ -83,8 +83,9 @@ def test_training_is_repeatable_and_draws_from_no_global_generator(
 def test_training_learns(tmp_path: Path) -> None:
     digits.write_pictures(tmp_path, seed=0)
     train, test = (open_source(tmp_path / part) for part in ("train", "test"))
-    vit = digits.train_teacher(train, seed=0, epochs=3)
-    assert digits.accuracy(vit, test) > 20  # a guess is right for 10 in 100
+    kind = digits.teacher(depth=2)
+    vit = small_teacher.train(kind, train, seed=0, epochs=3, batch_size=16, lr=1e-3)
+    assert small_teacher.accuracy(kind, vit, test) > 20  # a guess is right for 10 in 100
 
 
 @pytest.mark.slow

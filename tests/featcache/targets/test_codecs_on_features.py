@@ -21,7 +21,7 @@ from featcache.extraction.forward import run_teacher
 from featcache.pictures.open_source import open_source
 from featcache.targets.codecs import CODECS
 from featcache.targets.levels import normalise
-from pipelines import digits
+from pipelines import digits, small_teacher
 
 BOUNDS = {"q8": 6e-5, "t4": 7e-3, "t3": 2.4e-2}
 pytestmark = pytest.mark.slow
@@ -58,13 +58,14 @@ def clip() -> Tensor:
 
 @pytest.fixture(scope="module")
 def digit(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    """The last block of the quick start's teacher, shortly trained, y (256, 65, 128)."""
+    """The last block of a small teacher of digits, shortly trained, y (256, 65, 128)."""
     home = tmp_path_factory.mktemp("digits")
     digits.write_shards(home, 0)
-    vit = digits.train_teacher(open_source(home / "data" / "train-*.tar"), seed=0, epochs=6)
+    kind, source = digits.teacher(depth=2), open_source(home / "data" / "train-*.tar")
+    vit = small_teacher.train(kind, source, seed=0, epochs=4, batch_size=16, lr=1e-3)
     save_file(vit.state_dict(), home / "teacher.safetensors")
-    teacher = teachers.load(digits.SPEC, str(home / "teacher.safetensors"))
-    return run_teacher(teacher, drawn_digits(32, 256), [6])[0]
+    teacher = teachers.load(kind.spec, str(home / "teacher.safetensors"))
+    return run_teacher(teacher, drawn_digits(32, 256), [2])[0]
 
 
 def plain(y: Tensor) -> Tensor:
