@@ -94,6 +94,7 @@ def test_drop_path_is_on_in_these_comparisons(recipe: str, tmp_path: Path) -> No
     assert max(abs(a - b) / b for a, b in zip(on, off, strict=True)) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_wrong_teacher_online_would_be_seen(tmp_path: Path) -> None:
     """The comparison has teeth: one view fewer gives other losses."""
     fx.good(fx.train("maskalign", tmp_path / "cached", "--cache", fx.cache_path(), *BOTH))
@@ -297,6 +298,7 @@ def test_stored_pixels_of_some_of_the_pictures(
     assert "cannot be used in training" in ran.line
 
 
+@pytest.mark.slow
 def test_mae_from_the_same_cache_equals_mae_without_any(tmp_path: Path) -> None:
     """mae reads nothing but views: from the cache, or drawn anew, they are the same pixels to the
     last bit."""
@@ -356,7 +358,7 @@ def test_no_steps_write_the_untrained_student(tmp_path: Path) -> None:
 # --- interrupted ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("died", "save_every"), [(0, 4), (3, 4), (4, 4), (9, 4), (11, 12), (17, 5)]
 )

@@ -295,6 +295,7 @@ def test_a_broken_config_file(tmp_path: Path) -> None:
         assert "c.json" in ran.line
 
 
+@pytest.mark.slow
 def test_the_command_is_a_program_too(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "student", "train", "--recipe", "mralgin"],

@@ -82,7 +82,7 @@ def patch_cells(pixels: np.ndarray, side: int = 4) -> np.ndarray:
     return cells.reshape(side * side, n, n, 3)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1400])
 @pytest.mark.parametrize("name", [*LAYOUTS, "two", "bare"])
 def test_a_reader_meets_nothing_wrong(galleries: dict[str, Path], name: str, width: int) -> None:

@@ -250,7 +250,7 @@ def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_run_again_gives_the_same_bytes(
     pictures: Path, killed: Path, stage: str
@@ -262,6 +262,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert files_below(killed / stage) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["another cache", "damaged", "empty", "a folder"])
 def test_a_state_that_is_not_this_caches_is_refused(
     pictures: Path, tmp_path: Path, other: str

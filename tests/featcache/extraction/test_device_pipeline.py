@@ -98,6 +98,7 @@ def test_a_stage_goes_on_while_another_is_held_up(
     assert files_below(tmp_path / "held") == files_below(tmp_path / "free")
 
 
+@pytest.mark.slow
 def test_the_teacher_does_not_run_away(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,7 +229,7 @@ def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_run_again_gives_the_same_bytes(
     pictures: Path, killed: Path, stage: str
@@ -265,7 +265,7 @@ def test_a_killed_process_is_succeeded_by_one_that_waits(
     assert files_below(out) == whole(pictures)
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name
 )

@@ -180,6 +180,7 @@ def test_two_are_added_in_one_pass(pictures: Path, tmp_path: Path) -> None:
     assert extend.plan_jobs(plans, tmp_path / "c", add=True) == []
 
 
+@pytest.mark.slow
 def test_views_of_one_and_a_new_teacher_are_two_commands(photos: Path, tmp_path: Path) -> None:
     extract.run(make(photos), tmp_path / "c", batch_size=4)
     with pytest.raises(
@@ -190,6 +191,7 @@ def test_views_of_one_and_a_new_teacher_are_two_commands(photos: Path, tmp_path:
         )
 
 
+@pytest.mark.slow
 def test_another_cache_in_out_is_refused(photos: Path, tmp_path: Path) -> None:
     extract.run(make(photos), tmp_path / "c", batch_size=4)
     before = files_below(tmp_path / "c")
@@ -199,6 +201,7 @@ def test_another_cache_in_out_is_refused(photos: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path / "c") == before
 
 
+@pytest.mark.slow
 def test_room_is_asked_for_all_of_them(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,6 +222,7 @@ def test_what_a_killed_repair_left_goes_with_the_next(cache: Path, pictures: Pat
     assert files_below(cache) == whole
 
 
+@pytest.mark.slow
 def test_a_repair_waits_for_another_and_finds_its_work_done(cache: Path, pictures: Path) -> None:
     whole, said = files_below(cache), []
     flip(cache / numbers("zarr", 2))
@@ -263,6 +264,7 @@ def test_another_repair_may_clear_up_at_any_moment(
     assert files_below(cache) == whole
 
 
+@pytest.mark.slow
 def test_two_repairs_at_once(cache: Path, start: Start) -> None:
     whole = files_below(cache)
     for shard in range(4):
@@ -272,7 +274,7 @@ def test_two_repairs_at_once(cache: Path, start: Start) -> None:
     assert files_below(cache) == whole
 
 
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stopped_repair_leaves_the_shard_it_had_in_hand(
     cache: Path, start: Start, number: signal.Signals

@@ -110,6 +110,7 @@ def one_process() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_distributed_data_parallel_and_compile(tmp_path: Path) -> None:
     net = _network()

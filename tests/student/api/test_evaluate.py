@@ -199,6 +199,7 @@ def test_what_a_callback_raises_ends_the_evaluation(
     assert student.evaluate("knn", **given(labelled, run), embed_batch=4).scores
 
 
+@pytest.mark.slow
 def test_finetune(
     labelled: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

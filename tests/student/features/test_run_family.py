@@ -113,6 +113,7 @@ def test_a_convolutional_encoder_with_a_class_token_has_its_attention() -> None:
     assert teacher_reference.attention_error(attention, maps[-1][:, :, 0, 1:].mean(1)) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_second_generation(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ WORDS = ("--batch-size", "4")
 SETS = ("patch_size=8",)
 
 
+@pytest.mark.slow
 def test_the_first_weights_are_those_of_the_run_or_its_file(tmp_path: Path) -> None:
     words = ("--images", fx.pictures(), *WORDS, "--size", "32")
     first = tmp_path / "first"

@@ -82,6 +82,7 @@ def test_nothing_is_said_where_nothing_is_compared(tmp_path: Path) -> None:
     assert "checked" not in fx.good(fx.train("maskalign", tmp_path / "c", *SHORT, *online)).err
 
 
+@pytest.mark.slow
 def test_a_miss_in_one_process_stops_all(folder: Path, tmp_path: Path) -> None:
     """Each looks at half of the sample; none waits for the other, and none trains."""
     other_picture(folder, "p05")

@@ -24,6 +24,8 @@ from tests import processes
 from tests import student_fixtures as fx
 from tests.test_end_to_end import assert_undisturbed
 
+pytestmark = pytest.mark.slow  # two processes each
+
 SHARDED = """
 import os
 os.environ.update(
@@ -124,7 +126,6 @@ def test_a_checkpoint_is_one_file_of_whole_tensors(runs: tuple[Path, Path]) -> N
         assert encoder.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 48)  # type: ignore[operator]
 
 
-@pytest.mark.slow
 def test_a_sharded_run_resumes_exactly(runs: tuple[Path, Path], tmp_path: Path) -> None:
     dying = """
 import student.training.train
@@ -142,7 +143,6 @@ student.training.train._gradients = dies
     assert_undisturbed(tmp_path / "run", runs[1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["then whole", "then sharded"])
 def test_a_run_may_go_on_with_fsdp_or_without(
     way: str, runs: tuple[Path, Path], tmp_path: Path
@@ -169,7 +169,6 @@ def test_what_does_not_go_with_it(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_accumulation_and_activation_checkpointing(tmp_path: Path) -> None:
     """Two micro-batches of two, blocks computed again: the run of batches of four, drop path
     on."""
@@ -180,7 +179,6 @@ def test_accumulation_and_activation_checkpointing(tmp_path: Path) -> None:
     assert np.abs(one - two).max() <= 1e-4 * one.min()
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_leaves_whole_weights(tmp_path: Path) -> None:
     """At a learning rate of 1e30 the second loss is not finite; its reproducer is run again in one
     process."""
@@ -197,7 +195,6 @@ def test_a_loss_that_is_not_finite_leaves_whole_weights(tmp_path: Path) -> None:
     assert not np.isfinite(facts["parts"]["loss"])
 
 
-@pytest.mark.slow
 def test_bf16_is_that_of_a_plain_run(tmp_path: Path) -> None:
     """Weights in fp32 and autocast; not the shards' own rounding, which would reach what recipes
     read in fp32."""
@@ -209,7 +206,6 @@ def test_bf16_is_that_of_a_plain_run(tmp_path: Path) -> None:
     assert np.abs(one - two).max() <= 1e-2 * one.min()
 
 
-@pytest.mark.slow
 def test_a_dry_run_counts_this_processes_part(tmp_path: Path) -> None:
     ran = processes.good(train(tmp_path / "dry", "--dry-run", "--json"))
     facts = json.loads(next(line for line in ran.said[0].splitlines() if line.startswith("{")))

@@ -163,6 +163,7 @@ def test_no_step_waits_for_the_device(
     assert same_numbers(ran, tmp_path / "cpu")
 
 
+@pytest.mark.slow
 def test_several_processes_reduce_once_and_stop_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

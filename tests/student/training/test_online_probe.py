@@ -525,6 +525,7 @@ def test_a_picture_that_cannot_be_decoded_leaves_no_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_fsdp_is_refused(tmp_path: Path) -> None:
     options = ("--cache", fx.cache_path(), "--batch-size", 4, "--steps", 2, *probe())
     done = processes.train(
