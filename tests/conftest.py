@@ -40,6 +40,8 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_HANDLERS = {number: signal.getsignal(number) for number in (*signals.NOTICES, signal.SIGINT)}
+
 if TYPE_CHECKING:
     from featcache.extraction.plan import Plan
 
@@ -74,11 +76,15 @@ def waves(height: int, width: int, phase: float = 0.0) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _handlers_stay() -> Iterator[None]:
-    """A command that runs in this process may leave its handlers of signals: a program ends then,
-    and this one goes on."""
-    before = {number: signal.getsignal(number) for number in (*signals.NOTICES, signal.SIGINT)}
+    """A command that runs in this process, in a test or in a fixture of a module, may leave its
+    handlers of signals, or ignore them: a program ends then, and this one goes on."""
+    _restore_handlers()
     yield
-    for number, handler in before.items():
+    _restore_handlers()
+
+
+def _restore_handlers() -> None:
+    for number, handler in _HANDLERS.items():
         if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
 

@@ -228,7 +228,7 @@ def test_a_whole_run_compiles_once(recipe: str, tmp_path: Path) -> None:
 def test_inductor_equals_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend of `--compile`, with kernels of its own, here of convolutions; a whole run of a
     plain ViT is compiled by it in test_train_state.py. Needs a C++ compiler."""
-    case = ("mrmae", *CONV)
+    case = ("mrmae", *CONV, CONV[1].replace("depth=2", "depth=1"), "decoder_depth=1")
     losses, gradients = three_steps(case)
     whole = partialmethod(nn.Module.compile, backend="inductor")
     monkeypatch.setattr(nn.Module, "compile", whole)
