@@ -3,7 +3,6 @@ equals whole."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -570,14 +569,13 @@ def test_two_processes_stopped_and_resumed_with_drop_path(tmp_path: Path) -> Non
 def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Two processes over gloo. (`accelerate launch --cpu --num_processes 2` starts one process,
     without a word.)"""
-    port = 20000 + os.getpid() % 20000
     return subprocess.run(
         [
             sys.executable,
             "-m",
             "torch.distributed.run",
             "--nproc_per_node=2",
-            f"--master_port={port}",
+            "--standalone",  # on a free port
             "-m",
             *command,
         ],
