@@ -17,7 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MARKS ?= not slow and not gpu
 PYTEST_ARGS ?=
-# Processes that tests run in, each with a file of them at a time; some take 7 GB of memory.
+# Processes that tests run in, each with a file of them at a time; some take 7 GB of memory. Files begin in
+# the order of their folders: by default those of few tests would come last, however long they take.
 WORKERS ?= 2
 EXTRAS ?= dev
 QUICKSTART_ARGS ?=

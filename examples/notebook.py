@@ -36,7 +36,7 @@ small_teacher.train_from_shards(
     what="digits",
     seed=0,
     epochs=2 if REDUCED else 8,
-    batch_size=64 if REDUCED else 16,
+    batch_size=16,
     lr=1e-3,
 )
 TRAIN = str(OUT / "data/train-*.tar")
@@ -65,7 +65,7 @@ SETTINGS = {
     "decoder_width": 64,
     "decoder_depth": 2,
     "decoder_heads": 4,
-    "lr": 4e-3,
+    "lr": 2e-3,
     "warmup_epochs": 2,
     "drop_path": 0,
     "level_weights": "top:3",
@@ -73,14 +73,14 @@ SETTINGS = {
 runs = {}
 for name, length in {
     "untrained student": {"steps": 0},
-    "mralign student": {"epochs": 1 if REDUCED else 16},
+    "mralign student": {"epochs": 1 if REDUCED else 14},
 }.items():
     done = student.train(
         recipe="mralign",
         cache=cache.cache,
         images=TRAIN,
         out=OUT / name.split()[0],
-        batch_size=64,
+        batch_size=32,
         seed=0,
         settings=SETTINGS,
         resume=True,

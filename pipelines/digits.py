@@ -28,7 +28,7 @@ from featcache import rng
 from featcache.console.command import Command
 from featcache.console.entry import entry
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import LocalPath
+from featcache.console.params import BATCH, FiniteRange, LocalPath
 from featcache.pictures.source import Source
 from pipelines import small_teacher
 from pipelines.small_teacher import BATCH_SIZE, LR, SmallTeacher, start_of
@@ -125,7 +125,7 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
 @option(
     "--depth",
     group=HelpGroup.TRAINING,
-    type=click.IntRange(1),
+    type=click.IntRange(1, 100),
     default=DEPTH,
     show_default=True,
     help="Blocks of the teacher.",
@@ -133,7 +133,7 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
 @option(
     "--batch-size",
     group=HelpGroup.TRAINING,
-    type=click.IntRange(1),
+    type=BATCH,
     default=BATCH_SIZE,
     show_default=True,
     help="Of the teacher's training.",
@@ -141,7 +141,7 @@ def accuracy(vit: VisionTransformer, source: Source) -> float:
 @option(
     "--lr",
     group=HelpGroup.TRAINING,
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=LR,
     show_default=True,
     help="Of the teacher's training, at its peak.",

@@ -191,6 +191,8 @@ def train_from_shards(
         "spec": kind.spec,
         "seed": seed,
         "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
         "head_top1": round(accuracy(kind, vit, test), 2),
     }
     facts["seconds"] = round(time.perf_counter() - started, 1)

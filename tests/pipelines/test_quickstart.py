@@ -11,7 +11,7 @@ import pytest
 
 from featcache import cli as featcache_cli
 from featcache.errors import UsageError, UserError
-from pipelines import quickstart
+from pipelines import digits, quickstart, quickstart_table
 from pipelines.quickstart import REDUCED, Plan
 from pipelines.seeds import parse_seeds
 from student import cli as student_cli
@@ -34,14 +34,14 @@ def rows(mralign: float, untrained: float = 50.0) -> dict[str, quickstart.Row]:
 
 
 def test_margins_are_points_above_each_other_student() -> None:
-    points = quickstart.margins({0: rows(80.0), 1: rows(70.5)})
+    points = quickstart_table.margins({0: rows(80.0), 1: rows(70.5)})
     both = {"knn": [30.0, 20.5], "knn_mean": [30.0, 20.5]}
     assert points["untrained"] == {**both, "linear": [30.0, 20.5], "linear_mean": [30.0, 20.5]}
     assert points["control"]["knn"] == [25.0, 15.5]
 
 
 def test_the_report_of_one_seed() -> None:
-    text = quickstart.report({0: rows(80.0)}, ENVIRONMENT, Plan(), 333.3)
+    text = quickstart_table.report({0: rows(80.0)}, ENVIRONMENT, Plan().length, 333.3)
     lines = [re.sub(r" +", " ", line) for line in text.splitlines()]
     assert "| mralign student | 80.0 | 79.0 | 90.0 | 89.0 | 12 | 7 | 1,234,567 |" in lines
     assert "| untrained student | 50.0 | 49.0 | 60.0 | 59.0 | - | 7 | - |" in lines
@@ -55,7 +55,7 @@ def test_the_report_of_one_seed() -> None:
 
 
 def test_the_report_of_several_seeds_has_means_and_spreads() -> None:
-    text = quickstart.report({0: rows(80.0), 1: rows(82.0)}, ENVIRONMENT, REDUCED, 1.0)
+    text = quickstart_table.report({0: rows(80.0), 1: rows(82.0)}, ENVIRONMENT, REDUCED.length, 1.0)
     assert "81.0 ± 1.4" in text
     assert "+31.0 ± 1.4 k-NN [CLS]" in text
     assert "reduced: too short" in text
@@ -64,34 +64,39 @@ def test_the_report_of_several_seeds_has_means_and_spreads() -> None:
 def test_two_deviations_are_enough_and_less_is_an_error() -> None:
     """Of 397 pictures: the root of (50 x 50 + 57 x 43) / 397 is 3.53 points, that of
     (60 x 40 + 66.5 x 33.5) / 397 is 3.41."""
-    quickstart.judge({0: rows(57.1)}, Plan())
+    quickstart_table.judge({0: rows(57.1)})
     with pytest.raises(
         UserError, match=r"mralign is \+7.0 points of k-NN \[CLS\] above .* at least \+7.1"
     ) as error:
-        quickstart.judge({0: rows(57.0)}, Plan())
+        quickstart_table.judge({0: rows(57.0)})
     assert error.value.exit_status == 1
     weak = rows(60.0)
     weak["mralign"]["linear"] = 66.5
     with pytest.raises(UserError, match=r"\+6.5 points of linear \[CLS\] .* at least \+6.8"):
-        quickstart.judge({0: weak}, Plan())
-    quickstart.judge({0: weak, 1: rows(60.0)}, Plan())  # the mean of the seeds counts
-    quickstart.judge({0: rows(50.0)}, REDUCED)
+        quickstart_table.judge({0: weak})
+    quickstart_table.judge({0: weak, 1: rows(60.0)})  # the mean of the seeds counts
+    assert Plan().enforced
+    assert not REDUCED.enforced
 
 
 def test_a_control_that_was_not_asked_for_is_not_told() -> None:
     found = rows(80.0)
     del found["control"]
-    assert list(quickstart.margins({0: found})) == ["untrained"]
-    assert "untrained teacher" not in quickstart.report({0: found}, ENVIRONMENT, Plan(), 1.0)
+    assert list(quickstart_table.margins({0: found})) == ["untrained"]
+    assert "untrained teacher" not in quickstart_table.report(
+        {0: found}, ENVIRONMENT, Plan().length, 1.0
+    )
 
 
 def test_options_exist_in_the_commands(tmp_path: Path) -> None:
     train = quickstart.train_arguments("mralign", tmp_path, "SRC", tmp_path, 0, Plan())
     extract = quickstart.extract_arguments("SRC", "random:0", tmp_path, 0, Plan())
     scores = quickstart.eval_arguments("linear", "mean", [tmp_path], "SRC", "OTHER", 0)
+    teacher = quickstart.digits_arguments(tmp_path, 0, Plan())
     evals = student_cli.cli.get_command(click.Context(student_cli.cli), "eval")
     assert isinstance(evals, click.Group)
     for arguments, command in (
+        (teacher, digits.cli),
         (train, student_cli.cli.get_command(click.Context(student_cli.cli), "train")),
         (extract, featcache_cli.cli.get_command(click.Context(featcache_cli.cli), "extract")),
         (scores, evals.get_command(click.Context(evals), "linear")),
