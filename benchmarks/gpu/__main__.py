@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -129,6 +130,8 @@ def cli(
     out.mkdir(parents=True, exist_ok=True)
     _check_log(out / LOG)
     until = begun + 60 * minutes - RESERVE_S
+    if trial:  # time boxes are those of a GPU, and a CPU may have other work
+        todo = [replace(each, box_s=round(60 * minutes)) for each in todo]
     with _made(folder) as shared:
         options = WorkerOptions(
             shared,

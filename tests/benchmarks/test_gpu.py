@@ -355,7 +355,7 @@ def test_a_trial_measures_everything(tmp_path: Path) -> None:
         "benchmarks.gpu",
         "--trial",
         "--minutes",
-        "9",  # four are enough on idle cores
+        "20",  # four are enough on idle cores
         "--out",
         str(out),
     ]
