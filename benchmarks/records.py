@@ -38,7 +38,9 @@ def make_source(task: Task, seed: int = 0) -> F16:
     return source
 
 
-def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
+def write_cache(
+    path: Path, source: F16, name: str, *, ranked: bool, shard_rows: int = SHARD_ROWS
+) -> Path:
     """Write a cache with these features by the store's own writer; checksums as extraction stores
     them."""
     rows, levels, tokens, width = source.shape
@@ -58,8 +60,8 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
     keys = [f"{row:09d}" for row in range(rows)]
     (path / SHARDS).mkdir(parents=True)
     shards = [
-        {"name": f"{i:06d}", "first": first, "count": min(SHARD_ROWS, rows - first)}
-        for i, first in enumerate(range(0, rows, SHARD_ROWS))
+        {"name": f"{i:06d}", "first": first, "count": min(shard_rows, rows - first)}
+        for i, first in enumerate(range(0, rows, shard_rows))
     ]
     identity = {
         "teacher": {"name": "benchmark", "patches": tokens - 1, "width": width, "depth": levels},
@@ -72,7 +74,7 @@ def write_cache(path: Path, source: F16, name: str, *, ranked: bool) -> Path:
         "pixel_path": pixel_path.PIXEL_PATH,
         "views": 1,
         "pictures": {"count": rows, "keys_digest": manifest.keys_digest(keys)},
-        "rows_per_shard": SHARD_ROWS,
+        "rows_per_shard": shard_rows,
         "store": name,
     }
     provenance, declared = (

@@ -33,11 +33,26 @@ def printable(text: str, keep: str = "\n\t") -> str:
     >>> print(printable("a\\x1b[31m \\u202etxt.exe\\x9b \\udc80 naïve"))
     a\\x1b[31m \\u202etxt.exe\\x9b \\udc80 naïve
     """
+    text = _told(text)
     if text.isprintable():
         return text
     return "".join(
         char if char in keep or _is_harmless(char) else repr(char)[1:-1] for char in text
     )
+
+
+_told_as: dict[str, str] = {}  # folder -> the place that it stands for
+
+
+def tell_as(folder: str, name: str) -> None:
+    """Let all that is printed name a place for a folder that stands for it here."""
+    _told_as[folder] = name
+
+
+def _told(text: str) -> str:
+    for folder, name in _told_as.items():
+        text = text.replace(folder, name)
+    return text
 
 
 def _is_harmless(char: str) -> bool:
@@ -66,6 +81,7 @@ def command_line(*words: object) -> str:
 
 
 def _shell_word(word: str) -> str:
+    word = _told(word)
     if printable(word, keep="") == word:
         return shlex.quote(word)  # noqa: TID251
     return "$'" + "".join(map(_shell_char, word)) + "'"

@@ -1,7 +1,8 @@
 """Imports, command lines and entry points stay: other people's code and scripts rely on them.
 
 `golden/command_lines.json` lists every option of version 0.1 with its kind and its default; it was
-written from that version's own commands. Options may be added, none may go or change.
+written from that version's own commands. Options may be added, none may go or change. Written by
+hand since: `--sampling` has no one default, which is random for a cache on disk, as it was.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_docs import test_a_command_line_is_one_that_the_program_takes as check_line
+from tests.test_docs import parse_line as check_line
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples/slurm").glob("*.sbatch"))

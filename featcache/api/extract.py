@@ -21,6 +21,7 @@ from featcache.errors import StoppedError, UsageError
 from featcache.pictures.open_source import open_source
 from featcache.runtime import variables
 from featcache.storage import manifest
+from featcache.storage.files import address, files_of
 
 if TYPE_CHECKING:
     from featcache.extraction.plan import ExtractJob, Plan
@@ -37,7 +38,9 @@ Pair = str | tuple[float, float]  # LOW,HIGH
 class ExtractResult:
     """Says what there is after an extraction; `facts` are plain JSON, all that --json prints."""
 
-    cache: Path | None  # the folder; None where the recipes of for_ read no cache
+    # the folder, which in this process stands for the URL of one in an object store, that `facts`
+    # has; None where the recipes of for_ read no cache
+    cache: Path | None
     complete: bool  # every shard is there
     new_pictures: int  # of this call; of a dry run, those that it would extract
     facts: dict[str, Any] = field(repr=False)
@@ -117,6 +120,8 @@ def extract(
         keeps_batch=batch_size != 32,
     )
     cache = None if facts["cache"] is None else Path(facts["cache"])
+    if cache is not None and files_of(cache.absolute()).may_be_far:
+        facts["cache"] = address(cache)
     return ExtractResult(cache, facts["complete"], facts.get("new_pictures", 0), facts)
 
 

@@ -26,6 +26,7 @@ from featcache.errors import StoppedError, UsageError, UserError
 from featcache.runtime import process_counts
 from featcache.runtime.meter import Counts, meter
 from featcache.storage import manifest
+from featcache.storage.files import address
 
 # how the work ended -> what all of its processes counted, and how many of them did
 Gather = Callable[[Counts, BaseException | None], tuple[Counts, int]]
@@ -103,10 +104,10 @@ def _name_cache(facts: dict[str, Any]) -> None:
     if "cache" not in facts:
         return
     # the ledger is read elsewhere
-    facts["cache"] = os.path.abspath(facts["cache"])  # noqa: PTH100
+    path, facts["cache"] = facts["cache"], address(facts["cache"])
     if "cache_id" not in facts:
         with contextlib.suppress(UserError, OSError):
-            facts["cache_id"] = manifest.read(Path(facts["cache"]))["id"]
+            facts["cache_id"] = manifest.read(Path(path))["id"]
 
 
 def outcome_of(error: BaseException | None) -> str:

@@ -3,13 +3,16 @@ it finishes the cache, or adds to it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from featcache.errors import command_line, counted
+from featcache.errors import UsageError, command_line, counted, short
 from featcache.models.contract import REGISTERED
+from featcache.objects.url import is_object_url
+from featcache.objects.url import parse as parse_url
 from featcache.storage import manifest
 from featcache.storage.part import added_parts, describe_part
 from featcache.storage.store import record_path
@@ -64,11 +67,28 @@ def _derive_line(manifest: Mapping[str, Any], out: Path) -> str:
 
 def parent_path(manifest: Mapping[str, Any]) -> str:
     """Return where the cache was that this one was derived from; empty where what is recorded is no
-    absolute path, as derivation writes it: another text may be an option, or lead to anywhere."""
+    absolute path, nor a URL, as derivation writes it: another text may be an option, or lead to
+    anywhere."""
     path = str(manifest["provenance"].get("derived_from", ""))
+    if is_object_url(path):
+        with contextlib.suppress(UsageError):
+            return str(parse_url(path))
+        return ""
     names = [os.fsencode(name) for name in path.split("/")]
     fine = path.startswith("/") and "\0" not in path and len(os.fsencode(path)) < _LONGEST_PATH
     return path if fine and max(map(len, names)) < _LONGEST_NAME else ""
+
+
+def recorded_pictures(manifest: Mapping[str, Any]) -> str:
+    """Return where the pictures of a cache were. Raises UsageError for a URL: no object store is
+    asked, as whoever runs this, because a manifest says so."""
+    spec = str(manifest["provenance"]["source"])
+    if is_object_url(spec):
+        raise UsageError(
+            f"the cache says that its pictures are {short(spec)}, and no object store is asked "
+            "because a cache says so; if you trust that, give it as --images"
+        )
+    return spec
 
 
 class Unfinished(NamedTuple):

@@ -25,6 +25,7 @@ from typing import Any
 from featcache.catalog import home
 from featcache.errors import UserError
 from featcache.runtime.local_path import local_path
+from featcache.storage.files import files_of
 from featcache.storage.schema import LedgerLine, schema_problem
 
 NAME = "runs.jsonl"
@@ -58,7 +59,7 @@ def log_use(cache: Path, **facts: Any) -> None:
     whoever's it is: there `featcache gc --unused` looks. A cache that lies in none is noted at
     home."""
     folder = cache.absolute().parent.resolve()
-    if not _is_home(folder):
+    if files_of(cache.absolute()).may_be_far or not _is_home(folder):
         log_run(command=USE, **facts)
         return
     try:

@@ -9,7 +9,7 @@ import click
 from featcache.commands.copy import carry_out
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import Choice, LocalPath
+from featcache.console.params import CachePath, Choice
 from featcache.maintenance import transfer
 from featcache.storage.store import FORMATS, STORES
 
@@ -23,8 +23,8 @@ from featcache.storage.store import FORMATS, STORES
     "  featcache convert /data/clip-b16-tars caches/clip-b16 --store zarr\n\n"
     "  featcache convert caches/old caches/new --format 4",
 )
-@click.argument("cache", type=LocalPath())
-@click.argument("out", type=LocalPath())
+@click.argument("cache", type=CachePath())
+@click.argument("out", type=CachePath())
 @option(
     "--store",
     group=HelpGroup.STORAGE,

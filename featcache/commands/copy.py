@@ -13,13 +13,14 @@ from featcache.console import text as show
 from featcache.console.command import Command, Section
 from featcache.console.distortion_table import loss_lines
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import COUNT, LocalPath
+from featcache.console.params import COUNT, CachePath
 from featcache.console.progress_bar import ProgressBar, WaitingNote
 from featcache.errors import UsageError, counted
 from featcache.maintenance import transfer
 from featcache.reading.cache import Cache
 from featcache.runtime.numbers import is_whole
 from featcache.storage import manifest
+from featcache.storage.files import address
 
 
 @click.command(
@@ -31,8 +32,8 @@ from featcache.storage import manifest
     "  featcache copy caches/clip-b16-1a2b3c4d /local/tenth --shards 0:125\n\n"
     "  featcache copy caches/clip-b16-1a2b3c4d /cold/clip-b16 --compress",
 )
-@click.argument("cache", type=LocalPath())
-@click.argument("dest", type=LocalPath())
+@click.argument("cache", type=CachePath())
+@click.argument("dest", type=CachePath())
 @option(
     "--views", group=HelpGroup.STORAGE, type=COUNT, help="Only the first N views. [default: all]"
 )
@@ -119,7 +120,7 @@ def carry_out(
     progress.report = lambda now: bar(now.done // 10**6, now.total // 10**6)
     progress.waiting = WaitingNote()
     # no teacher runs, and what a device does of it is not measured
-    with account(what, cache=dest, source=str(source.absolute()), device_s=None) as line:
+    with account(what, cache=dest, source=address(source), device_s=None) as line:
         try:
             left = work(progress)
         finally:

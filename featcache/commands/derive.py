@@ -10,7 +10,7 @@ from featcache.commands.copy import carry_out, parse_levels_of
 from featcache.console import config_file
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import COUNT, TOKEN_ORDERS, Choice, LocalPath
+from featcache.console.params import COUNT, TOKEN_ORDERS, CachePath, Choice
 from featcache.targets import codec_names
 
 
@@ -25,8 +25,8 @@ from featcache.targets import codec_names
     "--codec t3\n"
     "  featcache derive caches/clip-b16-1a2b3c4d /local/last --levels last:1 --views 1",
 )
-@click.argument("cache", type=LocalPath())
-@click.argument("dest", type=LocalPath())
+@click.argument("cache", type=CachePath())
+@click.argument("dest", type=CachePath())
 @option(
     "--codec",
     group=HelpGroup.STORAGE,

@@ -10,7 +10,7 @@ import click
 
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import SEED, LocalPath, images_variable
+from featcache.console.params import SEED, CachePath, LocalPath, images_variable
 from featcache.console.picture_options import with_pictures
 from featcache.console.progress_bar import ProgressBar
 from featcache.console.text import echo, format_bytes, join_lines, print_facts
@@ -31,7 +31,7 @@ _COUNT = click.IntRange(1, 10_000)  # of pictures on one page
     "  featcache gallery caches/clip-b16-1a2b3c4d --out two --keys n01440764/n01440764_10026 "
     "--views 1",
 )
-@click.argument("cache", type=LocalPath())
+@click.argument("cache", type=CachePath())
 @option(
     "--out", group=HelpGroup.INPUT, type=LocalPath(), required=True, help="A new or empty folder."
 )

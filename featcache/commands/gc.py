@@ -9,14 +9,15 @@ from typing import Any
 
 import click
 
-from featcache.catalog import home
+from featcache.catalog import far_caches, home
 from featcache.console import text
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import FiniteRange
-from featcache.errors import UsageError
-from featcache.maintenance import remove, remove_features
+from featcache.console.params import FiniteRange, ObjectPlace
+from featcache.errors import UsageError, UserError, counted
+from featcache.maintenance import far_remove, remove, remove_features
 from featcache.maintenance.garbage import find, remove_leftovers
+from featcache.objects.url import ObjectUrl
 
 
 @click.command(
@@ -24,8 +25,9 @@ from featcache.maintenance.garbage import find, remove_leftovers
     section=Section.KEEP,
     short_help="Remove what dead processes left, and unused caches.",
     epilog="Examples:\n\n  featcache gc --dry-run\n\n  featcache gc --unused 90\n\n"
-    "  featcache gc --unused 90 --yes",
+    "  featcache gc --unused 90 --yes\n\n  featcache gc s3://bucket/caches --dry-run",
 )
+@click.argument("url", type=ObjectPlace(), required=False)
 @option(
     "--unused",
     group=HelpGroup.INPUT,
@@ -45,7 +47,9 @@ from featcache.maintenance.garbage import find, remove_leftovers
 @option(
     "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the findings as JSON."
 )
-def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> None:
+def command(
+    url: ObjectUrl | None, unused: float | None, yes: bool, dry_run: bool, as_json: bool
+) -> None:
     """List temporary files, leases and half-removed caches of processes that are gone, ask, and
     remove them. Work of live ones is safe, and so is what featcache did not write.
 
@@ -56,8 +60,15 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
     Programs of your own that read a cache (featcache.open,
     featcache.torch.Dataset) leave no trace: look at the list before you say yes.
 
+    With URL, the cache there and those one level below are looked through in place of the home:
+    leases, and files of shards without a record, that are half an hour old. Parts of uploads that
+    were killed are not listed by an object store; its own rules remove them.
+
     Where there is no terminal to ask at, nothing is removed without --yes.
     """
+    if url is not None:
+        _collect_far(url, unused, yes, dry_run, as_json)
+        return
     found = find(unused)
     left, idle = _sizes(found.leftovers), _sizes(found.unused)
     asks = not yes and not dry_run and sys.stdin.isatty()
@@ -81,9 +92,52 @@ def command(unused: float | None, yes: bool, dry_run: bool, as_json: bool) -> No
         "freed": sum(count for path, count in agreed.items() if not path.exists()),
     }
     text.print_facts(facts, as_json, _story(facts, {str(path) for path in agreed}))
-    if left and not (yes or dry_run or asks):
+    _check_asked(len(left), yes or dry_run or asks)
+
+
+def _collect_far(
+    url: ObjectUrl, unused: float | None, yes: bool, dry_run: bool, as_json: bool
+) -> None:
+    if unused is not None:
         raise UsageError(
-            f"gc: there is no terminal to ask at, {len(left)} leftovers are not removed; give "
+            "--unused is of caches below $FEATCACHE_HOME, whose ledger knows who used them: leave "
+            "out the URL, or --unused"
+        )
+    left: dict[str, str] = {}
+
+    def failed(place: str, error: UserError) -> None:
+        left[place] = str(error)
+
+    found = {path: far_remove.leftovers(path) for path in far_caches.caches(url, failed)}
+    sizes = {
+        f"{path}/{name}": facts.bytes
+        for path, names in found.items()
+        for name, facts in names.items()
+    }
+    asks = not yes and not dry_run and sys.stdin.isatty()
+    total = text.format_bytes(sum(sizes.values()))
+    agreed = bool(sizes) and not dry_run
+    if agreed and not yes:
+        for path, count in sizes.items() if asks else ():
+            text.echo(f"leftover {path}: {text.format_bytes(count)}", err=True)
+        agreed = asks and text.confirm(f"remove {counted(len(sizes), 'leftover')}, {total}?")
+    for cache, names in found.items() if agreed else ():
+        far_remove.remove_leftovers(cache, list(names))
+    facts = {
+        "url": str(url), "dry_run": dry_run, "leftovers": sizes, "left": left, "removed": agreed,
+    }  # fmt: skip
+    verb = "removed" if agreed else "would remove"
+    lines = [f"{verb} {path}: {text.format_bytes(count)}" for path, count in sizes.items()]
+    lines += [f"left {place}: {why}" for place, why in left.items()]
+    lines.append(f"{total if agreed else '0 B'} freed" if sizes else f"nothing to remove at {url}")
+    text.print_facts(facts, as_json, text.join_lines(lines))
+    _check_asked(len(sizes), yes or dry_run or asks)
+
+
+def _check_asked(leftovers: int, was_asked: bool) -> None:
+    if leftovers and not was_asked:
+        raise UsageError(
+            f"gc: there is no terminal to ask at, {leftovers} leftovers are not removed; give "
             "--yes to remove them without a question, or --dry-run to list them"
         )
 

@@ -12,7 +12,7 @@ from featcache.catalog import extract_command, ledger, serves
 from featcache.console.command import Command, Section
 from featcache.console.distortion_table import loss_lines
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import LocalPath
+from featcache.console.params import CachePath
 from featcache.console.text import format_bytes, format_table, join_lines, print_facts
 from featcache.errors import counted
 from featcache.reading.cache import Cache
@@ -25,7 +25,7 @@ from featcache.storage import manifest, statistics
     short_help="Show what a cache holds, and which recipes it serves.",
     epilog="Example:\n\n  featcache info caches/clip-b16-1a2b3c4d --json",
 )
-@click.argument("cache", type=LocalPath())
+@click.argument("cache", type=CachePath())
 @option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
 def command(cache: Path, as_json: bool) -> None:
     """Show identity, completeness, sizes and statistics of CACHE, the recipes it can serve and the

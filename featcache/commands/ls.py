@@ -8,11 +8,14 @@ from typing import Any
 
 import click
 
-from featcache.catalog import home, kept_features, ledger
+from featcache.catalog import far_caches, home, kept_features, ledger
 from featcache.catalog.listing import describe
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
+from featcache.console.params import ObjectPlace
 from featcache.console.text import echo, format_bytes, format_json, format_table, join_lines
+from featcache.errors import UsageError, UserError
+from featcache.objects.url import ObjectUrl
 
 
 @click.command(
@@ -20,8 +23,9 @@ from featcache.console.text import echo, format_bytes, format_json, format_table
     section=Section.LOOK,
     short_help="List the caches that there are, and what they cost.",
     epilog="Examples:\n\n  featcache ls\n\n  FEATCACHE_HOME=/data/caches featcache ls --json\n\n"
-    "  featcache ls --costs",
+    "  featcache ls --costs\n\n  featcache ls s3://bucket/caches",
 )
+@click.argument("url", type=ObjectPlace(), required=False)
 @option(
     "--costs",
     group=HelpGroup.REPORT,
@@ -30,9 +34,13 @@ from featcache.console.text import echo, format_bytes, format_json, format_table
     "ledger.",
 )
 @option("--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print everything as JSON.")
-def command(costs: bool, as_json: bool) -> None:
+def command(url: ObjectUrl | None, costs: bool, as_json: bool) -> None:
     """List the caches below $FEATCACHE_HOME: what they hold, how much of it is there, and who used
-    them last; then the features that evaluations kept."""
+    them last; then the features that evaluations kept. With URL, s3://, gs:// or az://, list the
+    cache there, or those one level below."""
+    if url is not None:
+        _list_far(url, costs, as_json)
+        return
     if costs:
         _print_costs(as_json)
         return
@@ -45,6 +53,23 @@ def command(costs: bool, as_json: bool) -> None:
         echo(f"no caches below {str(home.home())!r}; FEATCACHE_HOME names the folder")
     else:
         echo("\n\n".join(part(facts) for part, facts in ((text, found), (_kept, kept)) if facts))
+
+
+def _list_far(url: ObjectUrl, costs: bool, as_json: bool) -> None:
+    if costs:
+        raise UsageError("--costs is of $FEATCACHE_HOME's ledger: leave out the URL, or --costs")
+    last_uses = ledger.last_uses()
+    damaged: list[dict[str, Any]] = []
+
+    def failed(place: str, error: UserError) -> None:
+        damaged.append({"path": place, "damaged": str(error)})
+
+    found = [describe(path, last_uses) for path in far_caches.caches(url, failed)]
+    found += damaged
+    if as_json:
+        echo(format_json(found, indent=1))
+    else:
+        echo(text(found) if found else f"no caches at {url}, nor one level below")
 
 
 def _print_costs(as_json: bool) -> None:

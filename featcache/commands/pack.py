@@ -8,7 +8,7 @@ import click
 
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import SEED, LocalPath, LocalText
+from featcache.console.params import SEED, LocalPath, PicturesText
 from featcache.console.text import echo
 from featcache.errors import UsageError, counted
 from featcache.pictures.open_source import open_source
@@ -27,7 +27,7 @@ from featcache.pictures.source import Source
     "    --shard-size 500 --seed 1\n"
     "  featcache pack imagenet/train train.beton",
 )
-@click.argument("src", type=LocalText())
+@click.argument("src", type=PicturesText())
 @click.argument("out", type=LocalPath())
 @option("--shard-size", group=HelpGroup.INPUT, type=int, help="Pictures a shard; needed for tars.")
 @option(

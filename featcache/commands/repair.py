@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featcache.catalog import extract_command
 from featcache.catalog.account import account
 from featcache.console import text
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import THREADS, LocalPath, LocalText
+from featcache.console.params import THREADS, CachePath, LocalText
 from featcache.console.picture_options import with_pictures
 from featcache.console.progress_bar import ProgressBar
 from featcache.pictures.open_source import open_source
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     "  featcache repair caches/clip-b16-1a2b3c4d --images /mnt/other/train "
     "--weights ViT-B-16.safetensors",
 )
-@click.argument("cache", type=LocalPath())
+@click.argument("cache", type=CachePath())
 @with_pictures(
     "images_spec",
     group=HelpGroup.INPUT,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 @option(
     "--parent",
     group=HelpGroup.INPUT,
-    type=LocalPath(),
+    type=CachePath(),
     help="Of a derived cache: the one it was derived from. [default: where it was then]",
 )
 @option(
@@ -110,7 +111,7 @@ def command(
 def _pictures(cache: Path, about: dict[str, Any], given: str | None) -> Source:
     """Open the pictures of a manifest, or others that are given, as they were decoded then."""
     wanted = about["identity"]["pixel_path"]
-    source = open_source(given or about["provenance"]["source"])
+    source = open_source(given or extract_command.recorded_pictures(about))
     source = pixel_path.match_decoder(source, wanted)
     pixel_path.check_pixel_path(source, wanted, f"cache {str(cache)!r}")
     return source

@@ -12,7 +12,7 @@ from featcache.console import record_text
 from featcache.console.block_map import terminal_shades
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import LocalPath, images_variable
+from featcache.console.params import CachePath, LocalPath, images_variable
 from featcache.console.picture_options import with_pictures
 from featcache.console.text import echo, join_lines, print_facts
 from featcache.errors import UsageError, UserError, command_line
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "  featcache show caches/clip-b16-1a2b3c4d n01440764/n01440764_10026\n"
     "  featcache show caches/clip-b16-1a2b3c4d 17 --view 2 --out record.png --images train/",
 )
-@click.argument("cache", type=LocalPath())
+@click.argument("cache", type=CachePath())
 @click.argument("key", metavar="KEY|N")
 @option(
     "--view",

@@ -12,7 +12,7 @@ from featcache.catalog import extract_command
 from featcache.console import text
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import SEED, LocalPath, LocalText
+from featcache.console.params import SEED, CachePath, LocalText
 from featcache.console.picture_options import with_pictures
 from featcache.console.progress_bar import ProgressBar
 from featcache.errors import UserError, command_line, counted
@@ -28,7 +28,7 @@ from featcache.views import pixel_path
     epilog="Examples:\n\n  featcache verify caches/clip-b16-1a2b3c4d\n\n"
     "  featcache verify caches/clip-b16-1a2b3c4d --recompute 64 --images train/",
 )
-@click.argument("cache", type=LocalPath())
+@click.argument("cache", type=CachePath())
 @option(
     "--recompute",
     group=HelpGroup.CHECKS,
@@ -111,7 +111,7 @@ def _recompute(
     from featcache.runtime.device import pick_device
 
     with Cache(cache) as opened:
-        source = open_source(images_spec or opened.manifest["provenance"]["source"])
+        source = open_source(images_spec or extract_command.recorded_pictures(opened.manifest))
         source = pixel_path.match_decoder(source, opened.identity["pixel_path"])
         found = recompute(opened, source, weights, count, seed, pick_device(device), named)
     return {"recompute": found, "images": source.spec}

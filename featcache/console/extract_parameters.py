@@ -14,11 +14,12 @@ from featcache.console.params import (
     PRECISIONS,
     THREADS,
     TOKEN_ORDERS,
+    CachePath,
     Choice,
     CountOrAuto,
     FloatPair,
-    LocalPath,
     LocalText,
+    PicturesText,
 )
 from featcache.console.picture_options import picture_options
 from featcache.storage.store import STORES
@@ -62,8 +63,9 @@ def _targets() -> list[click.Parameter]:
         Option(
             ["--out"],
             group=HelpGroup.INPUT,
-            type=LocalPath(),
-            help="Cache folder. [default: $FEATCACHE_HOME/TEACHER-ID]",
+            type=CachePath(),
+            help="Cache folder, or s3://, gs:// or az:// URL. [default: "
+            "$FEATCACHE_HOME/TEACHER-ID]",
         ),
         Option(
             ["--views", "view_count"],
@@ -240,7 +242,7 @@ def _teacher() -> list[click.Parameter]:
         Option(
             ["--check-teacher", "labelled"],
             group=HelpGroup.CHECKS,
-            type=LocalText(),
+            type=PicturesText(),
             metavar="LABELLED",
             help="First score the teacher by k-NN on these labelled pictures, and stop where it is "
             "no better than chance.",

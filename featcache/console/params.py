@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from featcache.errors import UsageError, near, short
+from featcache.objects.url import ObjectUrl, is_object_url
+from featcache.objects.url import parse as parse_url
+from featcache.pictures.patterns import expand_braces
 from featcache.pictures.source import ALLOWED
+from featcache.pictures.spec import parse_spec
 from featcache.runtime.local_path import local_path
+from featcache.storage.mount import mount
 
 
 class FloatPair(click.ParamType):
@@ -72,6 +78,30 @@ class CountOrAuto(click.ParamType):
             self.fail(f"{short(value)} given; auto, or 1 to {COUNT.max} is allowed", param, ctx)
 
 
+class ByteSize(click.ParamType):
+    """One option takes a number of bytes, with a unit: 200GB, 1.5TiB, 500 MB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        match = _SIZE.fullmatch(str(value).strip())
+        size = round(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+        if size < 1:
+            self.fail(
+                f"{short(value)} given; a size is needed, such as 200GB or 1.5TiB", param, ctx
+            )
+        return size
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{unit}": base**power
+    for power, letter in enumerate("KMGTP", 1)
+    for unit, base in (("B", 1000), ("IB", 1024))
+}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?((?:[KMGTP]i?)?B|)", re.IGNORECASE)
+
 # closed sets of modules that import torch, which no help waits for
 MASK_ORDERS = ("attentive", "topk", "uniform")
 TOKEN_ORDERS = ("raster", "ranked")
@@ -100,11 +130,50 @@ class LocalPath(click.Path):
         return super().convert(_checked(value, param), param, ctx)
 
 
+class CachePath(LocalPath):
+    """One option takes the path of a cache, or its URL in an object store, which is mounted."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if is_object_url(value):
+            return mount(parse_url(value))
+        return super().convert(value, param, ctx)
+
+
+class ObjectPath(click.ParamType):
+    """One option takes the URL of a cache in an object store, which is mounted."""
+
+    name = "URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return mount(parse_url(str(value)))
+
+
+class ObjectPlace(click.ParamType):
+    """One option takes the URL of a place in an object store."""
+
+    name = "URL"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> ObjectUrl:
+        return value if isinstance(value, ObjectUrl) else parse_url(str(value))
+
+
 class LocalText(click.types.StringParamType):
     """One option takes a name, or something that begins with a path of this machine."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(_checked(value, param) if value else value, param, ctx)
+
+
+class PicturesText(LocalText):
+    """One option names pictures, on this machine or as tars in an object store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not is_object_url(value):
+            return super().convert(value, param, ctx)
+        parse_url(expand_braces(parse_spec(value).path)[0])
+        return value
 
 
 def _checked(value: Any, param: click.Parameter | None) -> Any:
@@ -118,7 +187,9 @@ def _checked(value: Any, param: click.Parameter | None) -> Any:
 def images_variable() -> str | None:
     """Return FEATCACHE_IMAGES; None where it is not set, or is empty."""
     spec = os.environ.get("FEATCACHE_IMAGES")
-    return local_path(spec, "FEATCACHE_IMAGES") if spec else None
+    if not spec or is_object_url(spec):
+        return spec or None
+    return local_path(spec, "FEATCACHE_IMAGES")
 
 
 def require_images(spec: str | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from featcache.console.option import HelpGroup, Option
-from featcache.console.params import LocalText, images_variable
+from featcache.console.params import LocalText, PicturesText, images_variable
 from featcache.errors import UsageError
 from featcache.pictures import spec
 
@@ -26,7 +26,7 @@ class ImagesOption(Option):
     """The option --images; `variable`: without it the pictures are those of FEATCACHE_IMAGES."""
 
     def __init__(self, *args: Any, variable: bool, **attrs: Any) -> None:
-        super().__init__(*args, type=LocalText(), **attrs)
+        super().__init__(*args, type=PicturesText(), **attrs)
         self.variable = variable
 
 

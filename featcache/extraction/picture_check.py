@@ -24,7 +24,7 @@ from featcache.reading.cache import Cache
 from featcache.reading.join import I64
 from featcache.reading.pixel_check import SAME_PICTURE
 from featcache.reading.sample_check import SAMPLE, PictureCheck
-from featcache.storage.keys import Keys
+from featcache.storage.keys import Keys, read_shard_keys
 from featcache.storage.store import get_store
 
 SHARE, LEAST = 32, 8  # pictures to extract for each that is looked at; at least so many are
@@ -82,7 +82,7 @@ def _ends(cache: Cache) -> I64:
 def _rows_of_shard(cache: Cache, number: int) -> dict[str, int]:
     """Return key -> row of one shard; the keys of others may be damaged, and are not read."""
     record = cache.records[number]
-    keys = Keys(*get_store(cache.identity["store"]).keys(cache.path, record["shard"], record))
+    keys = Keys(*read_shard_keys(get_store(cache.identity["store"]), cache.path, record))
     first = int(_ends(cache)[number]) - record["rows"]
     return {key: first + i for i, key in enumerate(keys)}
 

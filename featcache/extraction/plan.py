@@ -6,7 +6,6 @@ A `Plan` joins pictures, teacher, views and layout; its manifest is the cache's 
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from featcache.extraction.layout import level_arrays, token_ids_array, view_arra
 from featcache.extraction.options import check_order, file_name
 from featcache.models import precision, tokenizer, weights
 from featcache.models.contract import Teacher, has_attention
+from featcache.pictures.patterns import absolute
 from featcache.pictures.source import Source
 from featcache.storage import checksums, codec_state, manifest
 from featcache.storage.store import FORMAT, Array, ShardForm
@@ -238,7 +238,7 @@ class Plan:
         return {
             "weights": self.teacher.weights,
             **({"compiled": True} if compiled else {}),
-            "source": os.path.abspath(self.source.spec),  # noqa: PTH100 (a pattern, not always a path)
+            "source": absolute(self.source.spec),
             "versions": self._versions(),
             **({"distortion": dict(self.distortion)} if self.distortion else {}),
         }

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from featcache.storage import commit
 from featcache.storage import lease as leases
+from featcache.storage.files import files_of
 from featcache.storage.store import record_path
 
 WAIT_S = 1.0  # between looks at shards that other processes work on
@@ -32,6 +33,7 @@ def lacks_record(job: ShardJob, shard: str, *, leased: bool) -> bool:
     is adopted or removed first."""
     if leased:
         commit.recover(job.out, job.store, [shard])
+        files_of(job.out).look(record_path(job.out, shard))
     return not record_path(job.out, shard).is_file()
 
 

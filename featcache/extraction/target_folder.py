@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError, command_line, counted
 from featcache.storage import codec_state, commit, identity, json_file, manifest
+from featcache.storage.files import files_of
 from featcache.storage.own_folder import own_shards
 from featcache.storage.record import read_record
 from featcache.storage.store import QUARANTINE, get_store, record_path
@@ -62,7 +63,7 @@ def prepare_folder(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
     wanted = plan.manifest()
     wanted["provenance"]["batch_size"] = batch_size
     wanted = existing_manifest(wanted, out) or wanted
-    check_space(out, _missing_bytes(plan, out), EXTRACT)
+    check_space(out, _missing_bytes(plan, out), EXTRACT, _shard_bytes(plan))
     begin_folder(out, wanted, plan.side_files())
     return wanted
 
@@ -121,6 +122,8 @@ def _form(about: Mapping[str, Any]) -> str:
 def _holds_files(out: Path, wanted: Mapping[str, Any]) -> bool:
     """Tell whether something is there that a cache may not be written over; the state of a codec,
     which is there before the manifest, is looked at by who takes it."""
+    if files_of(out).holds_others():
+        return True
     if not out.is_dir():
         return out.exists()
     names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
@@ -192,12 +195,18 @@ def is_written(path: Path, data: bytes) -> bool:
 def check_disk_space(jobs: Sequence[ExtractJob]) -> None:
     """Raise UserError where there is no room for what is missing of all jobs together. The first
     folder's disk holds the others."""
-    check_space(jobs[0].out, sum(_missing_bytes(*job) for job in jobs), EXTRACT)
+    missing = sum(_missing_bytes(*job) for job in jobs)
+    check_space(jobs[0].out, missing, EXTRACT, sum(_shard_bytes(job.plan) for job in jobs))
 
 
 def _missing_bytes(plan: Plan, out: Path) -> int:
     missing = [shard for shard in plan.shards if not record_path(out, shard["name"]).is_file()]
     return plan.view_bytes * plan.views * sum(shard["count"] for shard in missing)
+
+
+def _shard_bytes(plan: Plan) -> int:
+    """Return the bytes of the largest shard."""
+    return plan.view_bytes * plan.views * max((shard["count"] for shard in plan.shards), default=0)
 
 
 def free_bytes(out: Path) -> int:
@@ -211,10 +220,18 @@ def needed_bytes(missing_bytes: int) -> int:
     return missing_bytes + _SPARE_BYTES
 
 
-def check_space(out: Path, missing_bytes: int, words: Wording) -> None:
-    """Raise UserError where the disk of `out` has no room for so much more."""
+def check_space(out: Path, missing_bytes: int, words: Wording, shard_bytes: int = 0) -> None:
+    """Raise UserError where the disk of `out` has no room for so much more; of a cache in an object
+    store, where this machine has none for `shard_bytes`."""
     needed, free = needed_bytes(missing_bytes), free_bytes(out)
-    if missing_bytes and needed > free:
+    is_far = files_of(out).may_be_far
+    if is_far and missing_bytes and needed_bytes(shard_bytes) > free:
+        raise UserError(
+            f"{words.option}{str(out)!r}: a shard is made on this machine before it is uploaded, "
+            f"and needs {needed_bytes(shard_bytes) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "set XDG_CACHE_HOME to a folder of a larger disk, or give smaller --rows-per-shard"
+        )
+    if not is_far and missing_bytes and needed > free:
         raise UserError(
             f"{words.option}{str(out)!r}: the cache needs {needed / 1e9:.1f} GB more, "
             f"{free / 1e9:.1f} GB are free; {words.smaller}"
@@ -269,6 +286,7 @@ def write_quarantine(out: Path, records: Iterable[Mapping[str, Any]]) -> list[di
         json_file.write_json(path, {"pictures": rows})
     elif not rows and path.is_file():  # only then: a complete cache may be read-only
         commit.remove_path(path)
+        files_of(path).changed(path)
     return rows
 
 

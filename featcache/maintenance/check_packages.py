@@ -168,6 +168,7 @@ def _home_variable() -> Finding:
 
 
 def _images_variable() -> Finding:
+    from featcache.objects.url import is_object_url
     from featcache.pictures.open_source import is_beton
     from featcache.pictures.patterns import expand_patterns, file_mode, literal_path
     from featcache.pictures.spec import parse_spec
@@ -177,6 +178,8 @@ def _images_variable() -> Finding:
         return Finding(name, "not set: --images names the pictures")
     try:
         path = literal_path(parse_spec(value).path)
+        if is_object_url(path):
+            return Finding(name, f"{value!r} (an object store is not asked here)")
         mode = file_mode(path)
         if is_beton(path) and not stat.S_ISREG(mode):
             return Finding(name, f"{value!r}: no such file", BROKEN, "name pictures, or unset it")

@@ -6,7 +6,6 @@ n items (row, view), L levels, T stored tokens, P patches, D width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from featcache.maintenance.transfer_plan import (
 from featcache.reading.cache import Cache
 from featcache.storage import checksums
 from featcache.storage import manifest as manifests
+from featcache.storage.files import address
 from featcache.storage.part import cache_root
 from featcache.storage.store import FORMAT, array_from_dict
 from featcache.targets.codec_names import LOSSLESS
@@ -159,7 +159,7 @@ def _changed(job: TransferJob, source: Cache, wish: Wish) -> TransferJob:
     provenance = {
         **about["provenance"],
         "versions": versions,
-        "derived_from": os.path.abspath(source.path),  # noqa: PTH100 (links are left as they are)
+        "derived_from": address(source.path),
         "statistics": "of stored numbers",
         **({"merged": True} if wish.levels or wish.views else {}),
     }

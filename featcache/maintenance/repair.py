@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from featcache.catalog import extract_command
-from featcache.errors import IdentityError, UnreadableError, UserError
+from featcache.errors import UnreadableError, UserError
 from featcache.extraction import extract
 from featcache.extraction.picture_check import check_same_pictures
 from featcache.extraction.plan import ExtractJob, Plan
@@ -52,7 +52,7 @@ class _Folder(NamedTuple):
 
 def recorded_parent(about: dict[str, Any]) -> Path:
     """Return where the cache was that a part was derived from. Raises UserError where it is no
-    longer there."""
+    longer there, or a URL: no object store is asked because a manifest says so."""
     path = extract_command.parent_path(about)
     if not path or not (Path(path) / manifest.NAME).is_file():
         where = f"not at {path!r}" if path else "at no place that is recorded"
@@ -251,31 +251,11 @@ def _replace(
                 commit.move_to_backup(job.out, name, job.store)
                 commit.recover(job.out, job.store, [name])
                 make(shard)
-                _check_views(job.out, name)
                 commit.remove_backup(job.out, name, job.store)
             except BaseException:
                 # while the lease is ours: a full disk may have no room for another
                 commit.restore_backup(job.out, name, job.store)
                 raise
-
-
-def _check_views(part: Path, shard: str) -> None:
-    """Raise IdentityError where crops or hashes of pixels changed: they depend on the pictures
-    alone, and other pictures under the same keys have others."""
-    record = record_path(part, shard)
-    try:
-        here, there = (read_record(path)["files"] for path in (record, commit.backup_path(record)))
-    except UnreadableError:
-        raise
-    except UserError:  # damaged, or another repair of the same shard has cleared up in this moment
-        return
-    of_views = [name for name in here if name.startswith(("pixel_hash/c", "crop/c"))]
-    if changed := [name for name in of_views if name in there and here[name] != there[name]]:
-        record.unlink()
-        raise IdentityError(
-            f"cannot repair {str(part)!r}: the pictures given are not those of the extraction "
-            f"({changed[0]} of shard {shard} would change); give those with --images SRC"
-        )
 
 
 def _is_good(part: Path, about: dict[str, Any], shard: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ from featcache.maintenance.transfer_plan import Target, TransferJob, target_like
 from featcache.reading.cache import Cache
 from featcache.runtime.meter import meter
 from featcache.storage import checksums, codec_state, commit, manifest
+from featcache.storage.files import address, files_of
 from featcache.storage.statistics import (
     FeatureStatistics,
     Statistics,
@@ -142,8 +143,12 @@ def convert(
 
 def check_apart(cache: Path, out: Path) -> None:
     """Raise UsageError for a folder that lies in the cache itself."""
-    here, there = cache.resolve(), out.resolve()
-    if here == there or here in there.parents:
+    if files_of(cache.absolute()).may_be_far or files_of(out.absolute()).may_be_far:
+        inside = f"{address(out)}/".startswith(f"{address(cache)}/")
+    else:
+        here, there = cache.resolve(), out.resolve()
+        inside = here == there or here in there.parents
+    if inside:
         raise UsageError(
             f"{str(out)!r} lies in the cache {str(cache)!r} itself; give a folder outside of it"
         )
@@ -228,7 +233,9 @@ def _copy_shard(job: TransferJob, record: dict[str, Any], progress: TransferProg
         folder_path(job.source.path, name, job.store),
         commit.begin_shard(job.out, name, job.store),
     )
+    place, paths = files_of(origin), [f"{origin}/{file}" for file in record["files"]]
     try:
+        place.bring(paths)
         for file, facts in record["files"].items():
             _copy_file(
                 origin / file, folder / file, facts, get_store(job.store), job.source.path, progress
@@ -237,6 +244,8 @@ def _copy_shard(job: TransferJob, record: dict[str, Any], progress: TransferProg
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        place.drop(paths)
 
 
 def _copy_file(

@@ -13,10 +13,11 @@ from featcache.errors import UnreadableError, UserError
 from featcache.extraction import target_folder
 from featcache.reading.cache import Cache
 from featcache.storage import codec_state, commit, json_file, manifest
+from featcache.storage.files import files_of
 from featcache.storage.keys import Keys, read_shard_keys
 from featcache.storage.part import added_parts
 from featcache.storage.record import RecordCheck, read_record
-from featcache.storage.store import QUARANTINE, SHARDS, get_store, record_path
+from featcache.storage.store import QUARANTINE, SHARDS, folder_path, get_store, record_path
 
 
 class Problem(NamedTuple):
@@ -129,6 +130,8 @@ def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> I
             return
         if manifest.keys_digest(keys) != record["keys_digest"]:
             yield Problem(path, f"{path}: its keys are not those of the shard's files", shard)
+    folder = folder_path(part, shard, backend)
+    files_of(folder).drop(f"{folder}/{file}" for file in record["files"])
 
 
 def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:

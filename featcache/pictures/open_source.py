@@ -1,5 +1,5 @@
-"""A source of pictures is opened by its spec: a folder, webdataset tars, a tar of tars, parquet
-files or an FFCV `.beton`.
+"""A source of pictures is opened by its spec: a folder, webdataset tars (here or in an object
+store), a tar of tars, parquet files or an FFCV `.beton`.
 
 A source gives every picture a key (its path below the source without the last suffix), bytes at
 random access, and labels where there are any. The decoder of the bytes is chosen by
@@ -13,7 +13,9 @@ import os
 import stat
 
 from featcache.errors import UserError
+from featcache.objects.url import is_object_url
 from featcache.pictures import passed_over
+from featcache.pictures.far_tars import open_far_tars
 from featcache.pictures.folder import FolderSource, open_folder
 from featcache.pictures.given_labels import read_labels
 from featcache.pictures.parquet import ParquetSource, is_parquet, open_parquet
@@ -44,6 +46,8 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
 
 
 def _open(spec: Spec) -> FolderSource | TarSource | ParquetSource:
+    if is_object_url(spec.path):
+        return open_far_tars(spec)
     if stat.S_ISDIR(file_mode(spec.path)):
         return open_folder(spec)
     files = expand_patterns(spec.path)

@@ -71,6 +71,12 @@ class Tally:
             if not (is_companion(name) or posixpath.splitext(name)[0] in known):
                 self.add(OTHER_SUFFIX, name)
 
+    def add_rows(self, rows: Sequence[PassedOver]) -> None:
+        """Add what another counted."""
+        for row in rows:
+            self.add(row.reason, row.first)
+            self._counts[row.reason] += row.count - 1
+
     @property
     def rows(self) -> tuple[PassedOver, ...]:
         return tuple(

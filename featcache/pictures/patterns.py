@@ -14,6 +14,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from featcache.errors import UserError
+from featcache.objects.url import is_object_url
 from featcache.pictures.source import ALLOWED
 from featcache.runtime.local_path import local_path
 
@@ -25,11 +26,18 @@ _ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 
 def literal_path(spec: str) -> str:
-    """Return the path that a spec is, with `~` as the home folder where nothing has that name.
-    Raises UserError for text that can be no path."""
+    """Return the path that a spec is, with `~` as the home folder where nothing has that name; the
+    URL of an object store as it is. Raises UserError for text that can be neither."""
+    if is_object_url(spec):
+        return spec
     if not spec.strip() or "\0" in spec:
         raise UserError(f"no pictures found: {spec!r} is no path; allowed is {ALLOWED}")
     return local_path(spec, "no pictures found:")
+
+
+def absolute(spec: str) -> str:
+    """Return a spec as other folders take it; a URL as it is."""
+    return spec if is_object_url(spec) else os.path.abspath(spec)  # noqa: PTH100 (a pattern)
 
 
 def file_mode(path: str) -> int:
@@ -69,10 +77,10 @@ def _literal_folder(spec: str) -> str:
 
 
 def _expand_below(folder: str, spec: str) -> list[str]:
-    return [folder + name for name in _expand_braces(spec[len(folder) :])]
+    return [folder + name for name in expand_braces(spec[len(folder) :])]
 
 
-def _expand_braces(spec: str) -> list[str]:
+def expand_braces(spec: str) -> list[str]:
     """Expand at most MOST_TARS names; they are counted first, since braceexpand holds ranges and
     inner braces in memory."""
     try:

@@ -27,7 +27,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read a whole file. Raises OSError, and PictureError where it's too large for a picture."""
     fd = open_regular(path)
     try:
-        return _pread(fd, 0, _checked(os.fstat(fd).st_size), path)
+        return _pread(fd, 0, check_size(os.fstat(fd).st_size), path)
     finally:
         os.close(fd)
 
@@ -45,8 +45,8 @@ def read_range(
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if segments is None:
-            return _pread(fd, offset, _checked(size), path)
-        out = bytearray(_checked(size))
+            return _pread(fd, offset, check_size(size), path)
+        out = bytearray(check_size(size))
         for begin, count in segments:
             out[begin : begin + count] = _pread(fd, offset, count, path)
             offset += count
@@ -55,7 +55,8 @@ def read_range(
         os.close(fd)
 
 
-def _checked(size: int) -> int:
+def check_size(size: int) -> int:
+    """Return the bytes of a picture. Raises PictureError where they are too many."""
     if size > LARGEST_BYTES:
         raise PictureError(f"{size} bytes: a picture has at most {LARGEST_BYTES}")
     return size

@@ -14,7 +14,8 @@ from featcache.runtime.local_path import check_encoding
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
 ALLOWED = (
     "a folder of pictures (" + " ".join(sorted(SUFFIXES)) + "), "
-    "webdataset tars as a path, a glob or a brace pattern ('train-{000000..000009}.tar'), "
+    "webdataset tars as a path, a glob, a brace pattern ('train-{000000..000009}.tar') or such a "
+    "URL (s3://bucket/train-{000..146}.tar), "
     "a tar of tars (ImageNet's), parquet files with a column of pictures, or an FFCV .beton"
 )
 

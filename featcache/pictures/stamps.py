@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.pictures.source import Source
 
+Told = tuple[int | str, ...]  # of a file: changes when the file does
+
+
+def told_of_file(path: str) -> Told:
+    """Return size and times of a file. Raises OSError where it is gone."""
+    found = os.stat(path)  # noqa: PTH116 (a Path a file costs as much as all else)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
 
 def stamp_files(
-    keys: Iterable[str], paths: Iterable[str], ranges: npt.NDArray[np.int64] | None = None
+    keys: Iterable[str],
+    paths: Iterable[str],
+    ranges: npt.NDArray[np.int64] | None = None,
+    told: Callable[[str], Told] = told_of_file,
 ) -> str:
     """Return a digest of pictures by their keys, their files, and where they lie in them (n,...).
     Raises OSError where a file is gone."""
@@ -25,9 +36,7 @@ def stamp_files(
     for key in keys:
         digest.update(key.encode() + b"\0")
     for path in paths:
-        found = os.stat(path)  # noqa: PTH116 (a Path a file costs as much as all else)
-        told = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        digest.update(f"{os.path.basename(path)} {told};".encode())  # noqa: PTH119
+        digest.update(f"{os.path.basename(path)} {told(path)};".encode())  # noqa: PTH119
     if ranges is not None:
         digest.update(np.ascontiguousarray(ranges).tobytes())
     return digest.hexdigest()

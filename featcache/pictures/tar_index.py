@@ -7,7 +7,6 @@ bytes as a header asks for; here each is an error.
 
 from __future__ import annotations
 
-import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from featcache.pictures.passed_over import (
     ODD_MEMBER,
     Tally,
 )
-from featcache.pictures.regular_file import open_regular
 from featcache.pictures.source import ALLOWED, SUFFIXES
+from featcache.pictures.tar_files import TarFiles
 
 BLOCK = tarfile.BLOCKSIZE
 _MOST_HEADER_BYTES = 16 << 20  # of one member: names, PAX records, a sparse map
@@ -49,13 +48,15 @@ class _Link(NamedTuple):
     target: str  # the name of a member
 
 
-def read_members(path: str, tally: Tally, inner: Member | None = None) -> list[Member]:
+def read_members(
+    files: TarFiles, path: str, tally: Tally, inner: Member | None = None
+) -> list[Member]:
     """List the files of a tar, links as what they lead to, in the order of the tar; of a tar within
     it, the member `inner`, with offsets in the file at `path`. Raises UserError where it is
     damaged, cut off, or no tar."""
     name = path if inner is None else f"{path}/{inner.name[:200]}"
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with files.open(path) as file:
             if inner is None:
                 return _resolved([*_entries(name, file, tally)], tally)
             found = _resolved([*_entries(name, _Window(file, inner), tally)], tally)
@@ -63,17 +64,17 @@ def read_members(path: str, tally: Tally, inner: Member | None = None) -> list[M
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"reading {name!r} as a tar failed: {error}"
-            f"{_compressed(path, inner.offset if inner else 0)}; allowed is {ALLOWED}"
+            f"{_compressed(files, path, inner.offset if inner else 0)}; allowed is {ALLOWED}"
         ) from error
     # tarfile lets through what int(), decode() and unpacking raise on forged headers
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise _damaged(name, f"a header that cannot be read ({str(e)[:80]})") from e
 
 
-def _compressed(path: str, offset: int) -> str:
+def _compressed(files: TarFiles, path: str, offset: int) -> str:
     """Say that a tar is compressed, where its first bytes tell."""
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with files.open(path) as file:
             file.seek(offset)
             head = file.read(8)
     except OSError:

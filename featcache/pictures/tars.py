@@ -22,9 +22,9 @@ from featcache.errors import UserError, counted
 from featcache.pictures.classes import LABEL_DIGITS, FolderClasses, folder_classes, parse_label
 from featcache.pictures.given_labels import GivenLabels
 from featcache.pictures.passed_over import HIDDEN_TAR, PassedOver, Tally, is_hidden, listed
-from featcache.pictures.regular_file import read_range
 from featcache.pictures.source import ALLOWED, SUFFIXES, check_double
 from featcache.pictures.stamps import stamp_files
+from featcache.pictures.tar_files import LocalTars, TarFiles
 from featcache.pictures.tar_index import Member, Segments, read_members
 from featcache.pictures.tar_samples import Chosen, choose_member, choose_pictures
 from featcache.pictures.tar_samples import escape as escape
@@ -47,19 +47,20 @@ class TarSource:
     passed_over: tuple[PassedOver, ...] = ()
     inner: GivenLabels | None = None  # by the inner tars, where all pictures lie in some
     given: GivenLabels | None = None
+    files: TarFiles = field(default_factory=LocalTars, repr=False)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, index: int) -> bytes:
         tar, offset, size = (int(x) for x in self.ranges[index])
-        return read_range(self.tars[tar], offset, size, self.sparse.get(index))
+        return self.files.read(self.tars[tar], offset, size, self.sparse.get(index))
 
     def stamp(self, rows: Sequence[int]) -> str:
         """Digest what tells these pictures from others, without reading them."""
         ranges = self.ranges[np.asarray(rows, np.int64)]
         used = [self.tars[tar] for tar in np.unique(ranges[:, 0])]
-        return stamp_files((self.keys[row] for row in rows), used, ranges)
+        return stamp_files((self.keys[row] for row in rows), used, ranges, self.files.told)
 
     @cached_property
     def _folder_classes(self) -> FolderClasses:
@@ -95,7 +96,7 @@ class TarSource:
 
     def _label(self, key: str) -> int:
         tar, offset, size = self.label_ranges[key]
-        text = read_range(self.tars[tar], offset, min(size, LABEL_BYTES))
+        text = self.files.read(self.tars[tar], offset, min(size, LABEL_BYTES))
         label = parse_label(text) if size <= LABEL_BYTES else None
         if label is None:
             raise UserError(
@@ -114,16 +115,23 @@ class _Part(NamedTuple):
 
 
 def open_tars(
-    spec: str, tars: list[str], tally: Tally | None = None, member: str | None = None
+    spec: str,
+    tars: list[str],
+    tally: Tally | None = None,
+    member: str | None = None,
+    files: TarFiles | None = None,
 ) -> TarSource:
     """Index the members of tars; `tally` has what was passed over already, `member` is the suffix
     of each sample's picture. Raises UserError where they hold no pictures."""
-    tally = tally or Tally()
+    tally, files = tally or Tally(), files or LocalTars()
     pictures: list[tuple[str, int, Member]] = []  # key, number of the tar, member
     folders: list[str] = []
     labels: dict[str, tuple[int, int, int]] = {}
-    for number, path in enumerate(tars):
-        for folder, found in _parts(path, tally, member):
+    for number, (parts, rows) in enumerate(
+        files.map(lambda path: _parts(files, path, member), tars)
+    ):
+        tally.add_rows(rows)
+        for folder, found in parts:
             start = f"{folder}/" if folder else ""
             pictures += [(start + key, number, each) for key, each in found.pictures]
             folders += [folder] * len(found.pictures)
@@ -150,12 +158,21 @@ def open_tars(
     sparse = {
         i: each.segments for i, (_, _, each) in enumerate(pictures) if each.segments is not None
     }
-    return TarSource(spec, tars, keys, ranges, labels, sparse, tally.rows, _by_folder(folders))
+    inner = _by_folder(folders)
+    return TarSource(spec, tars, keys, ranges, labels, sparse, tally.rows, inner, files=files)
 
 
-def _parts(path: str, tally: Tally, member: str | None) -> Iterator[_Part]:
-    """Yield the pictures of a tar; where it has none but tars, those of each inner tar."""
-    members = read_members(path, tally)
+def _parts(
+    files: TarFiles, path: str, member: str | None
+) -> tuple[list[_Part], tuple[PassedOver, ...]]:
+    """Return the pictures of a tar, where it has none but tars those of each inner tar; and what
+    was passed over."""
+    tally = Tally()
+    return list(_each_part(files, path, tally, member)), tally.rows
+
+
+def _each_part(files: TarFiles, path: str, tally: Tally, member: str | None) -> Iterator[_Part]:
+    members = read_members(files, path, tally)
     inner = [each for each in members if _suffix(each) == ".tar"]
     if not inner or any(_suffix(each) in SUFFIXES for each in members):
         yield _Part("", _choose(members, tally, member))
@@ -169,7 +186,7 @@ def _parts(path: str, tally: Tally, member: str | None) -> Iterator[_Part]:
             continue
         _check_inner(path, each, offsets)
         folder = posixpath.splitext(name)[0]
-        yield _Part(folder, _choose(read_members(path, tally, each), tally, member))
+        yield _Part(folder, _choose(read_members(files, path, tally, each), tally, member))
 
 
 def _check_inner(path: str, inner: Member, offsets: set[int]) -> None:

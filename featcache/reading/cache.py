@@ -19,17 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UsageError, counted, near
-from featcache.reading import request, reused_memory
+from featcache.objects.url import is_object_url
+from featcache.objects.url import parse as parse_url
+from featcache.reading import far_ranges, request, reused_memory, wanted
 from featcache.reading.byte_ranges import RangeBatch, RowChecksumError
 from featcache.reading.compressed_rows import note_archive
 from featcache.reading.locations import locate_rows
 from featcache.reading.range_reader import RangeReader, choose_io
-from featcache.reading.read_plan import ReadPlan, parts_of
+from featcache.reading.read_plan import ReadPlan
 from featcache.reading.row_error import row_error
 from featcache.reading.value_check import check_values
 from featcache.runtime.local_path import local_path
 from featcache.storage import checksums, codec_state, manifest
+from featcache.storage.files import address, files_of
 from featcache.storage.keys import I64, Keys
+from featcache.storage.mount import mount
 from featcache.storage.part import describe_part, open_parts
 from featcache.storage.store import Array
 
@@ -58,7 +62,11 @@ class Cache:
     ) -> None:
         if not isinstance(verify_rows, int | float) or not 0 <= verify_rows <= 1:
             raise UsageError(f"verify_rows {verify_rows!r}: a share from 0 to 1 is allowed")
-        self.path = Path(local_path(os.fspath(path), "cache"))
+        given = os.fspath(path)
+        if is_object_url(given):
+            self.path = mount(parse_url(given))
+        else:
+            self.path = Path(local_path(given, "cache"))
         self._absolute_path = self.path.absolute()  # the working directory may change
         self._options = {
             "threads": threads,
@@ -137,7 +145,7 @@ class Cache:
         return f"Cache({str(self.path)!r}: {manifest.title(self.manifest)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._absolute_path, **self._options}
+        return {"path": address(self._absolute_path), **self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state.pop("path"), **state)  # type: ignore[misc]
@@ -215,6 +223,41 @@ class Cache:
         field; other arrays take the memory of earlier ones that are gone. `check=False` compares
         nothing. Raises UserError when bytes are missing or not those that were written.
         """
+        result = self._read(rows, view, fields, levels, tokens, out, check, self._fill)
+        for name in result:
+            self._check_values(name, result[name])
+        return result
+
+    def read_ahead(
+        self,
+        rows: npt.ArrayLike,
+        view: int | npt.ArrayLike = 0,
+        fields: Sequence[str] = ("features",),
+        levels: Sequence[int] | None = None,
+        tokens: int | None = None,
+    ) -> bool:
+        """Fetch what `read` would, from an object store to its stage; False where there is no room
+        for it yet. Does nothing where files are here."""
+        fetched = True
+
+        def fill(batches: Sequence[RangeBatch], rows: I64, views: I64) -> None:
+            nonlocal fetched
+            fetched = far_ranges.fetch(batches) and fetched
+
+        self._read(rows, view, fields, levels, tokens, None, True, fill)
+        return fetched
+
+    def _read(
+        self,
+        rows: npt.ArrayLike,
+        view: int | npt.ArrayLike,
+        fields: Sequence[str],
+        levels: Sequence[int] | None,
+        tokens: int | None,
+        out: Mapping[str, npt.NDArray[Any]] | None,
+        check: bool,
+        fill: Callable[[Sequence[RangeBatch], I64, I64], None],
+    ) -> dict[str, npt.NDArray[Any]]:
         rows, views, fields = (
             request.check_numbers("rows", rows),
             request.check_numbers("view", view),
@@ -228,28 +271,26 @@ class Cache:
                 "needed"
             )
         views = np.broadcast_to(views, rows.shape) if len(views) == 1 else views
-        self._check_request(rows, views, fields)
+        wanted.check_request(self, rows, views, fields)
         checked = self._choose_rows(rows, views) if check else np.zeros(len(rows), bool)
         locations = locate_rows(self._base.starts, rows, views)
         plan = ReadPlan(self._parts, rows, locations, checked)
         tables, batches = plan.checksum_batches(fields, tokens)
-        self._fill(batches, rows, views)
+        fill(batches, rows, views)
         result: dict[str, npt.NDArray[Any]] = {}
         batches = []
         for name in fields:
-            wanted, count = self._wanted_levels(name, levels), self._wanted_tokens(name, tokens)
-            target = result[name] = self._target(name, len(rows), len(wanted), count, out)
-            if checked.any() and self._must_read_whole(name, count):
-                target[:] = self.read(rows, views, (name,), wanted, None, None, check)[name][
-                    :, :, :count
-                ]
+            chosen = wanted.wanted_levels(self, name, levels)
+            count = wanted.wanted_tokens(self, name, tokens)
+            target = result[name] = self._target(name, len(rows), len(chosen), count, out)
+            if checked.any() and wanted.must_read_whole(self, name, count):
+                whole = self._read(rows, views, (name,), chosen, None, None, check, fill)
+                target[:] = whole[name][:, :, :count]
             else:
                 batches += plan.field_batches(
-                    name, self.arrays[name], target, wanted, count, tables
+                    name, self.arrays[name], target, chosen, count, tables
                 )
-        self._fill(batches, rows, views)
-        for name in fields:
-            self._check_values(name, result[name])
+        fill(batches, rows, views)
         return result
 
     def _fill(self, batches: Sequence[RangeBatch], rows: I64, views: I64) -> None:
@@ -262,6 +303,12 @@ class Cache:
             key = self.keys[row]
             raise row_error(self.path, self._parts, bad.path, row, key, view) from bad
 
+    def set_stage(self, folder: Path, limit: int | None = None, shares: int = 1) -> None:
+        """Let `read_ahead` keep what it fetches in a folder: at most `limit` bytes, half of what is
+        free there by default, shared by so many processes. UsageError where rows are here
+        already."""
+        files_of(self._absolute_path).set_stage(folder, limit, shares)
+
     def derive(self, name: str, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
         """Read `h`, `f`, `z`, `fd` or `y` (n, T, width), see `featcache.derive.read`."""
         from featcache.reading.derived import read  # needs torch, which reading does without
@@ -269,69 +316,6 @@ class Cache:
         return read(self, name, *args, **options)
 
     # ------------------------------------------------------------ the request
-
-    def _check_request(self, rows: I64, views: I64, fields: Sequence[str]) -> None:
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise UsageError(f"read: rows must be numbers from 0 to {len(self) - 1}")
-        asked = set(views.tolist())
-        for name in fields:
-            if name not in self.arrays:
-                raise UsageError(f"read: unknown field {name!r}; {near(name, self.fields)}")
-            plain = name.rpartition("/")[2]
-            held = {
-                view
-                for part in parts_of(self._parts, name)
-                if plain in part.arrays
-                for view in part.view_numbers
-            }
-            if strange := asked - held:
-                raise UsageError(
-                    f"read: view {min(strange)} of {name}: view must be from {min(held)} to "
-                    f"{max(held)}"
-                )
-
-    def _wanted_levels(self, name: str, levels: Sequence[int] | None) -> tuple[int, ...]:
-        """Return the levels to read of a field: none of one that has no levels, whatever is asked
-        for beside it."""
-        teacher = parts_of(self._parts, name)[0].teacher
-        stored = self.levels_of(teacher)
-        has_levels = checksums.has_levels(self.arrays[name])
-        allowed = (
-            stored if has_levels else {x for each in self.teachers for x in self.levels_of(each)}
-        )
-        for level in () if levels is None else levels:
-            if level not in allowed:
-                raise self._level_error(name, int(level), teacher)
-        if not has_levels:
-            return ()
-        return stored if levels is None else tuple(map(int, levels))
-
-    def _level_error(self, name: str, level: int, teacher: str) -> UsageError:
-        others = [
-            each
-            for each in self.teachers
-            if level in self.levels_of(each)
-            and (each == self.teachers[0] or f"{each}/feature_stats" in self.arrays)
-        ]
-        elsewhere = (
-            f" ({others[0]} has it: read the fields of each teacher in a call of their own)"
-            if others
-            else ""
-        )
-        return UsageError(
-            f"read: level {level} of {name} is not stored; stored are "
-            f"{list(self.levels_of(teacher))}{elsewhere}"
-        )
-
-    def _wanted_tokens(self, name: str, tokens: int | None) -> int:
-        spec = self.arrays[name]
-        if not checksums.has_levels(spec):
-            return 0
-        if tokens is not None and not 1 <= tokens <= spec.item[1]:
-            raise UsageError(
-                f"read: tokens of {name} must be from 1 to {spec.item[1]}, {tokens} given"
-            )
-        return tokens or spec.item[1]
 
     def _target(
         self,
@@ -364,16 +348,6 @@ class Cache:
             0x9E3779B97F4A7C15
         )
         return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.verify_rows
-
-    def _must_read_whole(self, name: str, tokens: int) -> bool:
-        """Return whether only whole levels have a checksum where some tokens are wanted."""
-        spec = self.arrays[name]
-        if not checksums.has_levels(spec) or tokens == spec.item[1]:
-            return False
-        return (
-            name.rpartition("/")[2] != "features"
-            or "prefix_crc" not in parts_of(self._parts, name)[0].arrays
-        )
 
     # ------------------------------------------------------------ errors
 

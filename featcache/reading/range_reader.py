@@ -31,8 +31,10 @@ from featcache.reading.byte_ranges import (
     split_batches,
 )
 from featcache.reading.compressed_rows import CompressedRows
+from featcache.reading.far_ranges import read_far
 from featcache.reading.file_pool import FilePool
 from featcache.runtime.meter import meter
+from featcache.storage.files import files_of
 from featcache.storage.posix_io import (
     FULL,
     NoFileDescriptorError,
@@ -137,6 +139,8 @@ class RangeReader:
                     self._read_parts(batch.split_by_files(len(batch.paths) // 2))
 
     def _read_batch(self, batch: RangeBatch) -> None:
+        if files_of(batch.paths[0]).may_be_far and self._read_far(batch):
+            return
         files = self._files.acquire(batch.paths)
         try:
             if batch.file_check:
@@ -145,6 +149,22 @@ class RangeReader:
             self._fill(batch, [file.fd for file in files])
         finally:
             self._files.release(files)
+
+    def _read_far(self, batch: RangeBatch) -> bool:
+        """Read what no file here holds from where it is; False where all of it is here now. Small
+        files that are compared whole are brought, and so are archives."""
+        place = files_of(batch.paths[0])
+        if batch.file_check or batch.chunks:
+            place.bring(batch.paths)
+            return False
+        if not any(map(place.is_far, batch.paths)):
+            return False
+        for part in batch.split_by_files(1):
+            if place.is_far(part.paths[0]):
+                read_far(part, place)
+            else:
+                self._read_batch(part)
+        return True
 
     def _read_alone(self, batch: RangeBatch) -> None:
         """Read a batch of one file with file descriptors that others give back. The check of the

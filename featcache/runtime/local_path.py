@@ -22,8 +22,8 @@ def local_path(text: str, what: str) -> str:
     """
     if match := _SCHEME.match(text):
         raise UsageError(
-            f"{what} {text!r}: {match[0]}/ is no place of this machine, and only local paths work "
-            "here yet; mount it, or copy it here, and give the local path"
+            f"{what} {text!r}: {match[0]}/ is no place of this machine, and only a local path "
+            "works here; give one"
         )
     if not text or "\0" in text:
         raise UsageError(f"{what} {text!r} can be no path; give the path of a file or folder")

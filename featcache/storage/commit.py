@@ -8,21 +8,20 @@ next process.
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastcrc.crc32 import iscsi as crc32c
 
-from featcache.errors import UserError, raise_if_unreadable
+from featcache.errors import IdentityError, UnreadableError, UserError, raise_if_unreadable
 from featcache.runtime.meter import meter
 from featcache.storage import json_file, manifest, schema
+from featcache.storage.files import files_of
 from featcache.storage.own_folder import linked_folder, own_shards
 from featcache.storage.owner import is_abandoned, is_own, split_temporary, writer_id
+from featcache.storage.record import read_record
 from featcache.storage.store import SHARDS, STORES, folder_path, get_store, record_path
 
 RECORD = "record.json"
@@ -72,18 +71,39 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
     # so that a shard of another cache is not taken for one of this
     if (cache / manifest.NAME).is_file():
         record["content"] = manifest.content_digest(manifest.read(cache))
+    refuse_other_views(cache, shard, record)
     json_file.write_json(folder / RECORD, record)
     for directory in sorted({path.parent for path in folder.rglob("*")}):
         json_file.sync_folder(directory)
     final = folder_path(cache, shard, name)
-    try:
-        folder.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
-        remove_path(folder)
-    _publish_record(cache, shard, name)
+    if not files_of(folder).publish(folder, final, record_path(cache, shard)):
+        try:
+            folder.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+            remove_path(folder)
+        _publish_record(cache, shard, name)
     meter.count("bytes_written", sum(facts["bytes"] for facts in record["files"].values()))
+
+
+def refuse_other_views(cache: Path, shard: str, record: Mapping[str, Any]) -> None:
+    """Raise IdentityError for a shard that is made again, and whose crops or hashes of pixels would
+    change: they depend on the pictures alone, and other pictures under the same keys have
+    others."""
+    try:
+        there = read_record(backup_path(record_path(cache, shard)))["files"]
+    except UnreadableError:
+        raise
+    except UserError:  # it is made for the first time, or its old record is damaged
+        return
+    here = record["files"]
+    of_views = [name for name in here if name.startswith(("pixel_hash/c", "crop/c"))]
+    if changed := [name for name in of_views if name in there and here[name] != there[name]]:
+        raise IdentityError(
+            f"cannot repair {str(cache)!r}: the pictures given are not those of the extraction "
+            f"({changed[0]} of shard {shard} would change); give those with --images SRC"
+        )
 
 
 def _publish_record(cache: Path, shard: str, name: str) -> None:
@@ -162,14 +182,15 @@ def check_shard(
     """List the problems of a shard's files: missing or of another size; with `deep`, any changed
     byte."""
     problems, folder = [], str(folder_path(cache, shard, name))
+    place = files_of(folder)
+    if deep:  # as they are now
+        place.drop(f"{folder}/{file}" for file in record["files"])
+        place.bring(f"{folder}/{file}" for file in record["files"])
     is_intact = get_store(name).is_intact
     for file, facts in record["files"].items():
         path = f"{folder}/{file}"  # text, not Path: a cache of ImageNet has 40,000 files to look at
         try:
-            status = os.stat(path)  # noqa: PTH116
-            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-                raise OSError(errno.EINVAL, "is no regular file")
-            size = status.st_size
+            size = place.size(path)
             good = not deep or size != facts["bytes"] or is_intact(Path(path), facts)
         except OSError as error:
             raise_if_unreadable(path, error)
@@ -214,6 +235,7 @@ def move_to_backup(cache: Path, shard: str, name: str) -> None:
             remove_path(path)
         else:
             path.rename(backup_path(path))
+    files_of(cache).changed(record_path(cache, shard))
     if (cache / SHARDS).is_dir():
         json_file.sync_folder(cache / SHARDS)
 
@@ -229,6 +251,7 @@ def restore_backup(cache: Path, shard: str, name: str) -> None:
             if path.is_dir():
                 remove_path(path)
             backup_path(path).rename(path)
+    files_of(cache).changed(record_path(cache, shard))
 
 
 def remove_backup(cache: Path, shard: str, name: str) -> None:

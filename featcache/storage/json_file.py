@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError, command_line, raise_if_unreadable, short
+from featcache.storage.files import files_of
 from featcache.storage.owner import is_abandoned, split_temporary, writer_id
 
 CHECKSUM = "checksum"
@@ -48,11 +49,15 @@ def write_file(path: Path, data: bytes) -> None:
     """Write a file so that it is durable or absent."""
     with replaced(path) as temporary:
         temporary.write_bytes(data)
+    files_of(path).changed(path)
 
 
 def create_file(path: Path, data: bytes) -> bool:
     """Write a file where there is none, so that it is durable or absent; returns whether it was
     absent. Of several who do so at once, one is told that it was."""
+    absent = files_of(path).create(path, data)
+    if absent is not None:
+        return absent
     temporary = path.with_name(f".{path.name}.{writer_id()}.tmp")
     try:
         temporary.write_bytes(data)

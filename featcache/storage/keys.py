@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from featcache import rng
 from featcache.errors import UsageError, UserError, command_line, counted
+from featcache.storage.files import files_of
 from featcache.storage.store import ShardKeys, folder_path
 
 I64 = npt.NDArray[np.int64]
@@ -20,6 +21,7 @@ I64 = npt.NDArray[np.int64]
 
 def read_shard_keys(store: ModuleType, cache: Path, record: Mapping[str, Any]) -> ShardKeys:
     """Read the keys of a shard's rows. Raises UserError where they are not as many, or no text."""
+    files_of(cache).bring(key_paths(store, cache, record))
     blob, offsets = store.keys(cache, record["shard"], record)
     if (
         len(offsets) != record["rows"] + 1
@@ -34,6 +36,12 @@ def read_shard_keys(store: ModuleType, cache: Path, record: Mapping[str, Any]) -
             f"`{command_line('featcache', 'verify', cache)}`"
         )
     return ShardKeys(blob, offsets)
+
+
+def key_paths(store: ModuleType, cache: Path, record: Mapping[str, Any]) -> list[str]:
+    """Return the paths of the files that hold the keys of a shard."""
+    folder = folder_path(cache, record["shard"], store.NAME)
+    return [f"{folder}/{name}" for name in store.key_files(record)]
 
 
 def _is_text(blob: npt.NDArray[np.uint8], offsets: I64) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from featcache.errors import UserError
 from featcache.storage import commit, json_file
+from featcache.storage.files import Held, files_of
 from featcache.storage.own_folder import linked_folder, own_shards
 from featcache.storage.owner import is_alive, is_here, is_own, is_writer, writer_id
 from featcache.storage.store import SHARDS
@@ -28,8 +29,8 @@ _MOST_BYTES = 1024  # of a lease, which holds HOST-PID-NONCE; a host's name has 
 class Lease:
     """Holds one shard until `release`; a thread keeps the lease fresh."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, held: Held) -> None:
+        self.path, self._held = path, held
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="featcache-lease", daemon=True)
         self._thread.start()
@@ -39,10 +40,13 @@ class Lease:
             # taken over, or the folder is gone: the work itself will tell
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+            with contextlib.suppress(UserError):
+                self._held.renew()
 
     def release(self) -> None:
         self._done.set()
         self._thread.join()
+        self._held.release()
         self.path.unlink(missing_ok=True)
 
 
@@ -60,13 +64,21 @@ def acquire(cache: Path, shard: str) -> Lease | None:
     except FileNotFoundError as error:
         raise commit.cache_gone_error(cache) from error
     try:
-        if json_file.link_or_create(probe, path) or (
+        if not json_file.link_or_create(probe, path) and not (
             is_stale(path, probe.stat().st_mtime) and _replace(path, probe)
         ):
-            return Lease(path)
-        return None
+            return None
     finally:
         probe.unlink(missing_ok=True)
+    try:
+        held = files_of(path).hold(path, own)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    if held is None:
+        path.unlink(missing_ok=True)
+        return None
+    return Lease(path, held)
 
 
 def _replace(path: Path, probe: Path) -> bool:
@@ -77,6 +89,7 @@ def _replace(path: Path, probe: Path) -> bool:
 
 def abort(cache: Path) -> None:
     """Remove the leases of this process, whatever it was doing when it was interrupted."""
+    files_of(cache).release_all()
     for path in [] if linked_folder(cache) else (cache / SHARDS).glob("*.lease"):
         with contextlib.suppress(OSError):
             if path.is_file() and is_own(_read(path)):
@@ -89,6 +102,7 @@ def clear_stale(cache: Path, shard: str) -> None:
     path = lease_path(cache, shard)
     if path.is_file() and not is_held(cache, shard):
         path.unlink(missing_ok=True)
+    files_of(path).clear_lease(path, writer_id())
 
 
 def is_stale(path: Path, now: float) -> bool:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from featcache.errors import UnreadableError, UserError, command_line, one_line
 from featcache.storage import commit, json_file, manifest
+from featcache.storage.files import files_of
 from featcache.storage.identity import Mismatch, compare
-from featcache.storage.keys import I64, Keys, read_shard_keys
+from featcache.storage.keys import I64, Keys, key_paths, read_shard_keys
 from featcache.storage.record import RecordCheck, read_quarantine
 from featcache.storage.store import (
     PARTS,
@@ -182,6 +183,9 @@ class Part:
         return {record["shard"]: record["files"] for record in self.records}
 
     def keys(self) -> Keys:
+        files_of(self.path).bring(
+            path for record in self.records for path in key_paths(self.store, self.path, record)
+        )
         parts = [read_shard_keys(self.store, self.path, record) for record in self.records]
         ends = np.cumsum([0, *(len(part.blob) for part in parts)])
         offsets = [part.offsets[1:] + end for part, end in zip(parts, ends, strict=False)]

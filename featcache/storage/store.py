@@ -176,6 +176,11 @@ class Store(Protocol):
         ...
 
     @staticmethod
+    def key_files(record: Mapping[str, Any]) -> list[str]:
+        """Return the names of the files of a shard that `keys` reads."""
+        ...
+
+    @staticmethod
     def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
         """Return whether every byte of a file is as recorded."""
         ...

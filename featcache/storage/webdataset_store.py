@@ -37,6 +37,7 @@ from safetensors.numpy import load, save
 from featcache.errors import UserError, command_line, counted, short
 from featcache.pictures.tars import escape
 from featcache.storage import checksums, commit, json_file
+from featcache.storage.files import files_of
 from featcache.storage.posix_io import read_error
 from featcache.storage.row_file import RowFile
 from featcache.storage.store import SHARDS, Array, FileShape, ShardForm, ShardKeys, folder_path
@@ -313,7 +314,8 @@ def _column(
         )
     column = index.offsets[view, :, index.names.index(name)].copy()
     tar = Path(path).with_name(_tar(view))
-    if len(column) and not 0 <= column.min() <= column.max() <= tar.stat().st_size - item_bytes:
+    tar_bytes = files_of(tar).size(str(tar))
+    if len(column) and not 0 <= column.min() <= column.max() <= tar_bytes - item_bytes:
         raise _damaged(path, f"its offsets of {name} lie outside of {tar.name}")
     return column
 
@@ -327,6 +329,7 @@ def locate(
         items = rows if array.split else rows * views + view
         return f"{folder}/{_npy(array, view)}", _NPY_BYTES + items * array.item_bytes
     index = f"{folder}/{INDEX}"
+    files_of(folder).bring([index])
     try:
         status = os.stat(index)  # noqa: PTH116
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
@@ -350,6 +353,11 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
             f"`{command_line('featcache', 'verify', cache)}`"
         )
     return _unpack(path, data).keys
+
+
+def key_files(record: Mapping[str, Any]) -> list[str]:
+    """See store.Store.key_files."""
+    return [INDEX]
 
 
 def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:

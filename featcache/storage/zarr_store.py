@@ -205,9 +205,7 @@ def locate(
 def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
     """See store.Store.keys."""
     parts = []
-    # by format: where there is the first, the second holds strings
-    blob = next(name for name in ("key_bytes/c.0", "key/c.0") if name in record["files"])
-    for name, dtype in ((blob, "|u1"), (_chunk(KEY_OFFSETS, 0), KEY_OFFSETS.dtype)):
+    for name, dtype in zip(key_files(record), ("|u1", KEY_OFFSETS.dtype), strict=True):
         path = folder_path(cache, shard, NAME) / name
         facts = record["files"][name]
         data = path.read_bytes()[:-4] if path.is_file() else b""
@@ -218,6 +216,13 @@ def keys(cache: Path, shard: str, record: Mapping[str, Any]) -> ShardKeys:
             )
         parts.append(np.frombuffer(data, dtype))
     return ShardKeys(*parts)
+
+
+def key_files(record: Mapping[str, Any]) -> list[str]:
+    """See store.Store.key_files: bytes, and offsets."""
+    # by format: where there is the first, the second holds strings
+    blob = next(name for name in ("key_bytes/c.0", "key/c.0") if name in record["files"])
+    return [blob, _chunk(KEY_OFFSETS, 0)]
 
 
 def is_intact(path: Path, facts: Mapping[str, Any]) -> bool:

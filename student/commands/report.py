@@ -9,7 +9,7 @@ import click
 
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import SEED, LocalPath, images_variable
+from featcache.console.params import SEED, CachePath, LocalPath, images_variable
 from featcache.console.picture_options import with_pictures
 from featcache.console.text import echo, format_bytes, print_facts
 from featcache.errors import one_line
@@ -34,7 +34,7 @@ from featcache.errors import one_line
 @option(
     "--cache",
     group=HelpGroup.INPUT,
-    type=LocalPath(),
+    type=CachePath(),
     help="Whose views are shown. [default: the runs' own, below $FEATCACHE_HOME]",
 )
 @with_pictures(

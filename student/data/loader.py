@@ -9,6 +9,7 @@ and micro-batch, R views of each of its B / R pictures.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from featcache.errors import UsageError, UserError, counted
 from featcache.pictures.source import PictureError, Source
 from featcache.reading import pixel_check
 from featcache.views import pixel_path
+from student.data.read_ahead import FetchAhead, ReadAhead
 from student.data.sampler import SampleOrder
 from student.models import drop_path
 from student.targets import buffers
@@ -71,6 +73,7 @@ class Loader:
     # draws masks, or what is random in them where they read what only the device will know
     masks: Callable[[HostBatch], Mapping[str, Tensor]] | None = None
     pin: bool = False  # page-locked memory, for a GPU
+    fetch_ahead: FetchAhead | None = None  # of targets that lie far away
 
     def __post_init__(self) -> None:
         n = len(self.pictures)
@@ -87,6 +90,7 @@ class Loader:
             )
         self._order = SampleOrder(n, self.seed, self.positions)
         self._moments = lru_cache(AHEAD + 1)(self._moments_of)
+        self._ahead: ReadAhead | None = None
 
     def _cut(self) -> str:
         shown = f" / {counted(self.repeats, 'view')}" if self.repeats > 1 else ""
@@ -152,7 +156,11 @@ class Loader:
         with (
             ThreadPoolExecutor(self.workers) as decoders,
             ThreadPoolExecutor(beginners) as beginner,
+            contextlib.ExitStack() as stack,
         ):
+            if self.fetch_ahead is not None:
+                ahead = ReadAhead(self._own_samples, self.fetch_ahead)
+                self._ahead = stack.enter_context(ahead.running(first_step, last_step))
             free: deque[Memory | None] = deque([None] * (AHEAD + 1))
             waiting: deque[Future[_Begun]] = deque()
             try:
@@ -188,6 +196,8 @@ class Loader:
         drop_rates: Sequence[float] = (),
     ) -> _Begun:
         """Begin a micro-batch: its targets and masks are there, its pictures are under way."""
+        if self._ahead is not None:
+            self._ahead.arrive(step)
         if memory is None:
             memory = buffers.allocate(self.targets.layout(), self.batch_size, self.pin)
         at, epoch = self.rows(step, micro)
@@ -211,6 +221,14 @@ class Loader:
         futures = [decoders.submit(self._samples, host, some, hashes) for some in work if some]
         host["drawn"] = self._pinned(self._draw(host, step, micro, drop_rates))
         return _Begun(host, memory, futures)
+
+    def _own_samples(self, step: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the training pictures (m,) of a step on this process, and their views."""
+        parts = []
+        for micro in range(self.accumulation):
+            at, epoch = self.rows(step, micro)
+            parts.append((at, self.targets.view(self.digests[at], self._rounds(len(at), epoch))))
+        return np.concatenate([at for at, _ in parts]), np.concatenate([view for _, view in parts])
 
     def _draw(
         self, host: HostBatch, step: int, micro: int, drop_rates: Sequence[float]

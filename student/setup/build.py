@@ -19,6 +19,7 @@ from featcache.runtime.compiler import check_compiler
 from student import masking
 from student.config import RecipeConfig
 from student.data.loader import Loader
+from student.setup import staging
 from student.setup.batch_size import chosen_batch_size
 from student.setup.first_weights import first_weights
 from student.setup.options import Options, RunRequest, Say, user_settings
@@ -105,7 +106,8 @@ def _loader(inputs: TrainingInputs, options: Options, acc: Accelerator, out: Pat
         workers=options.workers,
         check_fraction=options.check_pixels,
         repeats=options.aug_repeats,
-        positions=inputs.positions if options.sampling == "block" else None,
+        positions=inputs.positions if staging.by_block(inputs.targets, options.sampling) else None,
+        fetch_ahead=staging.stage(inputs.targets, options),
         masks=_draw_masks(inputs, options.seed),
         pin=devices.is_gpu(acc.device),
     )

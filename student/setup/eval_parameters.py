@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from featcache.console.option import HelpGroup, Option
-from featcache.console.params import SEED, FiniteRange, LocalText
+from featcache.console.params import SEED, FiniteRange, LocalText, PicturesText
 from featcache.console.picture_options import picture_options
 from student.setup import eval_options, finetune_options
 
@@ -82,7 +82,7 @@ def _pictures(*, trains: bool) -> list[click.Parameter]:
         Option(
             ["--test", "tests"],
             group=HelpGroup.PICTURES,
-            type=LocalText(),
+            type=PicturesText(),
             multiple=True,
             metavar="[NAME=]SPEC",
             help=f"Labelled test pictures; may be repeated. [default: {default}]",

@@ -52,7 +52,7 @@ class Options:
     without_view: float
     read_threads: int | None
     resume: bool
-    sampling: str
+    sampling: str | None
     aug_repeats: int
     resident: bool
     fallback: str | None
@@ -63,6 +63,8 @@ class Options:
     skip_nonfinite: int | None
     trackers: Sequence[str]
     keep_checkpoints: str = str(KEEP)
+    stage: Path | None = None  # folder that rows of an object store are fetched to
+    stage_limit: int | None = None  # bytes
     size: int | None = None  # pixels of a view
     init: Path | None = None  # a run or its encoder, whose weights are the first
     exif: bool = False

@@ -3,6 +3,7 @@ there."""
 
 from __future__ import annotations
 
+from featcache.catalog import extract_command
 from featcache.errors import UsageError
 from featcache.pictures.source import ALLOWED, Source
 from featcache.views import pixel_path
@@ -45,5 +46,5 @@ def _source_of(found: MatchedCache | None, decoder: str | None) -> Source:
         raise UsageError(
             f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default"
         )
-    spec = found.cache.manifest["provenance"]["source"]
+    spec = extract_command.recorded_pictures(found.cache.manifest)
     return pixel_path.open_with_decoder(spec, decoder or "pillow")

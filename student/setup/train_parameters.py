@@ -10,11 +10,14 @@ from featcache.console.params import (
     COUNT,
     SEED,
     THREADS,
+    ByteSize,
+    CachePath,
     Choice,
     FiniteRange,
     FloatPair,
     LocalPath,
     LocalText,
+    PicturesText,
 )
 from featcache.console.picture_options import picture_options
 from student.setup import run_parameters
@@ -49,8 +52,9 @@ def _inputs() -> list[click.Parameter]:
         Option(
             ["--cache"],
             group=HelpGroup.INPUT,
-            type=LocalPath(),
-            help="Cache folder. [default: the one in $FEATCACHE_HOME that serves]",
+            type=CachePath(),
+            help="Cache folder, or s3://, gs:// or az:// URL. [default: the one in "
+            "$FEATCACHE_HOME that serves]",
         ),
         *picture_options(
             "images",
@@ -97,10 +101,23 @@ def _length() -> list[click.Parameter]:
             ["--sampling"],
             group=HelpGroup.READING,
             type=Choice(["random", "block"]),
-            default="random",
-            show_default=True,
             help="block: 64 neighbours in storage stay close in time, for network disks where "
-            "opening a file is dear.",
+            "opening a file is dear. [default: random; block from an object store]",
+        ),
+        Option(
+            ["--stage"],
+            group=HelpGroup.READING,
+            type=LocalPath(),
+            metavar="DIR",
+            help="Fetch rows from an object store ahead of the steps that read them, to a folder "
+            "of a fast disk. [default: they are fetched when they are read]",
+        ),
+        Option(
+            ["--stage-limit"],
+            group=HelpGroup.READING,
+            type=ByteSize(),
+            help="Bytes that --stage may hold, such as 200GB, of all processes of a machine. "
+            "[default: half of what is free there]",
         ),
         Option(
             ["--resident"],
@@ -355,7 +372,7 @@ def _told() -> list[click.Parameter]:
         Option(
             ["--probe"],
             group=HelpGroup.REPORT,
-            type=LocalText(),
+            type=PicturesText(),
             help="Labelled pictures: their k-NN, linear probe, RankMe and cosine with the teacher "
             "are measured as the run goes on; the run's own numbers stay the same.",
         ),

@@ -61,6 +61,9 @@ class SecondTeacher:
             rows, view, self.reader.fields, (self.spec.second_level,), None, memory
         )
 
+    def fetch_ahead(self, rows: I64, view: I64) -> bool:
+        return self.cache.read_ahead(rows, view, self.reader.fields, (self.spec.second_level,))
+
     def to_device(self, host: HostBatch, device: torch.device) -> dict[str, Tensor]:
         """Return `second` (B, 1 + P, E) on the device."""
         reader = self.reader
@@ -142,6 +145,15 @@ class CachedTargets:
         for name in self._token_fields:
             _check_token_ids(host[name], self.spec.vocabulary)
         return host if self.second is None else host | self.second.fetch(rows, view, out)
+
+    def fetch_ahead(self, indices: I64, view: I64) -> bool:
+        """Fetch from an object store what `fetch` will read; False where there is no room yet."""
+        if self.resident is not None:
+            return True
+        rows, second = self.rows[indices], self.second
+        fields, levels = self.own_fields, self.spec.levels or None
+        done = self.cache.read_ahead(rows, view, fields, levels, self.tokens)
+        return done and (second is None or second.fetch_ahead(rows, view))
 
     @property
     def moments(self) -> Moments | None:

@@ -214,6 +214,22 @@ def test_bench_foreign_to_its_end(tmp_path: Path) -> None:
         assert whole or row["read_bytes"] < 1_600_000
 
 
+@pytest.mark.slow
+def test_bench_remote_to_its_end(tmp_path: Path) -> None:
+    """It compares the rows of every reader with those that were written before it times one."""
+    options = ("--rows", "64", "--shard-rows", "16", "--reps", "1", "--seconds", "0.5")
+    ran = program("bench_remote", *options, "--folder", tmp_path, "--json", tmp_path / "found.json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["kind"] for row in found["results"]] == [
+        "whole", "whole", "block", "block", "whole", "block", "stream",
+    ]  # fmt: skip
+    assert all(row["gb_s"] > 0 for row in found["results"])
+    assert [row["ratio"] for row in found["results"] if row["name"] == row["versus"]] == [1, 1]
+    assert len(found["claims"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]  # nothing else is left
+
+
 def test_bench_foreign_serves_ranges(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(range(100)))
     with bench_foreign.serve(tmp_path) as (address, sent):

@@ -62,6 +62,6 @@ student.evaluate(run="runs/x")
         'note: Revealed type is "tuple[float, float]"',
         'note: Revealed type is "float"',
         'error: Argument "sampling" to "train" has incompatible type "Literal[\'blocks\']"; '
-        "expected \"Literal['random', 'block']\"",
+        "expected \"Literal['random', 'block'] | None\"",
         'error: Missing positional argument "protocol" in call to "evaluate"',
     ]

@@ -214,7 +214,7 @@ def test_what_is_no_such_run_is_one_line(runs: dict[str, Path], tmp_path: Path) 
         f"run:{larger}": "does not fit the encoder",
         f"run:{tmp_path / 'gone'}": "no run at",
         "run:": "can be no path",
-        "run:s3://a/b": "only local paths",
+        "run:s3://a/b": "only a local path",
         f"run:{runs['beit']}#ema": "keeps no average of its weights",
         f"run:{runs['mae']}#teacher": "has the parts model and ema",
         f"run:{runs['mae']},grid=2": "unknown option 'grid'",
