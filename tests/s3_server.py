@@ -24,10 +24,16 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield found
 
 
-@pytest.fixture(scope="session")
-def bucket(s3: S3Server) -> S3Store:
-    """The bucket `lab` by obstore alone."""
-    return open_bucket(s3)
+@pytest.fixture(scope="module")
+def bucket(s3: S3Server) -> Iterator[S3Store]:
+    """The bucket `lab` by obstore alone; what the tests of a file put there is removed after them,
+    so that no other file sees it."""
+    import obstore
+
+    opened = open_bucket(s3)
+    yield opened
+    left = [each["path"] for page in obstore.list(opened) for each in page]
+    obstore.delete(opened, left)
 
 
 @pytest.fixture
