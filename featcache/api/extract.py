@@ -267,6 +267,9 @@ class _Work:
         this process was started with may be another program's, or a file's."""
         values = {**vars(self.options), "recipes": None, "device": None, "devices": None}
         values |= dict.fromkeys(("labelled", "batch_size", "labels", "image_member"))
+        out = self.options.out
+        if out is not None and files_of(out.absolute()).may_be_far:  # a folder of this process
+            values["out"] = address(out)
         words = keywords.words(extract_parameters.parameters(), values)
         size = [f"--batch-size={self.options.batch_size}"] if self.keeps_batch else []
         return ["extract", *words, *size]

@@ -320,3 +320,17 @@ def test_python_calls_take_urls(here: Path, photos: Path, bucket: S3Store) -> No
         with featcache.open(place) as opened:
             assert files.address(opened.path) == url
             assert len(opened) == 11
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_the_process_of_another_device_writes_to_the_store(
+    photos: Path, tmp_path: Path, bucket: S3Store, featcache_command: Command
+) -> None:
+    made = (*EXTRACT, "--levels", "1,3", "--images", photos, "--devices", "cpu,cpu")
+    for out in (tmp_path / "here", url_of("devices")):
+        good(featcache_command(*made, "--out", out))
+    assert objects(bucket, "devices") == files_below(tmp_path / "here")
+    lines = (tmp_path / "home" / "runs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["counted"] for line in lines] == [2, 2]
