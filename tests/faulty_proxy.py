@@ -39,6 +39,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.faults: Faults = lambda method, path, number: ""
         self.made: Counter[str] = Counter()
         self.bytes_out = 0
+        self.bytes_of: dict[str, list[int]] = {}  # path -> of each answer with a body
         self.lists: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {}
         self._lock, self._count = threading.Lock(), 0
 
@@ -120,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             return self._reset()
         self.server.bytes_out += len(body)
+        self.server.bytes_of.setdefault(self.path, []).append(len(body))
         self.wfile.write(body)
 
     def _reset(self) -> None:

@@ -22,6 +22,16 @@ from featcache.runtime.numbers import is_whole
 from featcache.storage import manifest
 from featcache.storage.files import address
 
+# what a part of a cache is chosen by, here and in other commands
+FIRST_VIEWS = option(
+    "--views", group=HelpGroup.STORAGE, type=COUNT, help="Only the first N views. [default: all]"
+)
+SOME_LEVELS = option(
+    "--levels",
+    group=HelpGroup.STORAGE,
+    help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]",
+)
+
 
 @click.command(
     cls=Command,
@@ -34,14 +44,8 @@ from featcache.storage.files import address
 )
 @click.argument("cache", type=CachePath())
 @click.argument("dest", type=CachePath())
-@option(
-    "--views", group=HelpGroup.STORAGE, type=COUNT, help="Only the first N views. [default: all]"
-)
-@option(
-    "--levels",
-    group=HelpGroup.STORAGE,
-    help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]",
-)
+@FIRST_VIEWS
+@SOME_LEVELS
 @option(
     "--shards",
     group=HelpGroup.STORAGE,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from featcache.commands.copy import carry_out, parse_levels_of
+from featcache.commands.copy import FIRST_VIEWS, SOME_LEVELS, carry_out, parse_levels_of
 from featcache.console import config_file
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import COUNT, TOKEN_ORDERS, CachePath, Choice
+from featcache.console.params import TOKEN_ORDERS, CachePath, Choice
 from featcache.targets import codec_names
 
 
@@ -46,14 +46,8 @@ from featcache.targets import codec_names
     help="Of ranked tokens only the first N patches of a view, or a share such as 0.3. [default: "
     "all that are stored]",
 )
-@option(
-    "--views", group=HelpGroup.STORAGE, type=COUNT, help="Only the first N views. [default: all]"
-)
-@option(
-    "--levels",
-    group=HelpGroup.STORAGE,
-    help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]",
-)
+@FIRST_VIEWS
+@SOME_LEVELS
 @option(
     "--json", "as_json", group=HelpGroup.REPORT, is_flag=True, help="Print the summary as JSON."
 )

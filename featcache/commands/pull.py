@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from featcache.catalog import home
-from featcache.commands.copy import carry_out, parse_levels_of
+from featcache.commands.copy import FIRST_VIEWS, SOME_LEVELS, carry_out, parse_levels_of
 from featcache.console.command import Command, Section
 from featcache.console.option import HelpGroup, option
-from featcache.console.params import COUNT, LocalPath, ObjectPath
+from featcache.console.params import LocalPath, ObjectPath
 from featcache.maintenance import transfer
 from featcache.storage.mount import mount_at
 
@@ -25,14 +25,8 @@ from featcache.storage.mount import mount_at
 )
 @click.argument("url", type=ObjectPath())
 @click.argument("dest", type=LocalPath(), required=False)
-@option(
-    "--views", group=HelpGroup.STORAGE, type=COUNT, help="Only the first N views. [default: all]"
-)
-@option(
-    "--levels",
-    group=HelpGroup.STORAGE,
-    help="Only these: last:N, a list such as 8,10,12, or all. [default: those stored]",
-)
+@FIRST_VIEWS
+@SOME_LEVELS
 @option(
     "--keep",
     group=HelpGroup.STORAGE,

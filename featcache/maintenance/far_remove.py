@@ -87,7 +87,8 @@ def remove_cache(cache: Path) -> None:
     check_removable(cache)
     records = [name for name in there.objects if is_record(name)]
     last = [f"{SHARDS}/{manifest.COPY}", manifest.NAME]
-    rest = [name for name in there.objects if name not in (*records, *last)]
+    apart = {*records, *last}
+    rest = [name for name in there.objects if name not in apart]
     card = [CARD] if there.card is not None else []
     for names in (records, [*rest, *there.leases, *card], *([name] for name in last)):
         there.remove(names)

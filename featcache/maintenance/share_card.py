@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from featcache import teachers
-from featcache.errors import counted, one_line
+from featcache.catalog import recipe_needs, serves
+from featcache.catalog.recipe_needs import RecipeNeeds
+from featcache.errors import command_line, counted, one_line
 from featcache.reading.cache import Cache
 from featcache.storage import manifest
 from featcache.storage.object_listing import CARD_START
@@ -47,14 +49,27 @@ What a frozen teacher says of augmented views of pictures, for students to learn
 ## With featcache
 
     pip install 'featcache[remote]'
-    featcache pull {address} --levels last:1
-    student train --recipe mralign --cache {address} --images train/
-
+    {command_line("featcache", "pull", address)}
+{_training(cache, address)}
 ## Without it
 
 {_plain(cache, address)}
 `manifest.json` names all arrays and shards; `shards/NAME.json` has the checksum of every file.
 """
+
+
+def _training(cache: Cache, address: str) -> str:
+    """Write the line that trains by the first recipe that the cache serves as it is; nothing where
+    there is none."""
+    known = recipe_needs.installed()
+    served = [
+        name
+        for name, why in serves.recipe_support(cache).items()
+        if not why and isinstance(needs := known[name], RecipeNeeds) and needs.fields
+    ]
+    recipe = "mralign" if "mralign" in served else next(iter(served), "")
+    words = ("train", "--recipe", recipe, "--cache", address, "--images", "train/")
+    return f"    {command_line('student', *words)}\n" if recipe else ""
 
 
 def _plain(cache: Cache, address: str) -> str:
@@ -66,7 +81,7 @@ def _plain(cache: Cache, address: str) -> str:
     from obstore.store import from_url
     from zarr.storage import ObjectStore
 
-    store = ObjectStore(from_url("{address}"), read_only=True)
+    store = ObjectStore(from_url({address!r}), read_only=True)
     group = zarr.open_group(store, path="shards/{shard}.zarr", mode="r")
     group["features"]  # pictures x views x levels x tokens x channels
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UsageError, UserError
-from featcache.objects.client import Client, Facts
+from featcache.objects.client import COALESCE_BYTES, Client, Facts
 from featcache.objects.parallel import in_parallel
 from featcache.objects.url import ObjectUrl
 from featcache.storage import json_file, manifest
@@ -29,7 +29,7 @@ from featcache.storage.object_names import (
 )
 from featcache.storage.owner import writer_id
 from featcache.storage.posix_io import read_error
-from featcache.storage.stage import Piece, Stage, groups
+from featcache.storage.stage import Piece, Stage, groups, joined_gap
 from featcache.storage.store import SHARDS, STORES
 
 RECORD = "record.json"  # in the folder of a shard, until it is published
@@ -57,7 +57,6 @@ class Mount:
         self.lease_table = LeaseTable(requests, STALE_S)
         self._held: list[ObjectLease] = []
         self.stage: Stage | None = None
-        self.fetched_bytes = 0  # by ranges
 
     def use(self, requests: Client) -> None:
         """Make requests by another client from now on: credentials may be others."""
@@ -200,7 +199,7 @@ class Mount:
             if not stage.holds(piece):
                 lacking[piece] = self._name(path)
         for group in groups(list(lacking)):
-            room = stage.make_room(sum(piece.bytes for piece in group))
+            room = stage.make_room(group)
             done = room and self._stage(stage, group, lacking) and done
             if not done:
                 break
@@ -217,23 +216,28 @@ class Mount:
         for piece in group:
             by_name.setdefault(names[piece], []).append(piece)
         data: dict[Piece, Any] = {}
+        gap = joined_gap(group)
 
         def get(name: str) -> None:
             pieces = by_name[name]
-            found = self._fetched(
-                name, [piece.offset for piece in pieces], [piece.bytes for piece in pieces]
-            )
+            starts, lengths = [each.offset for each in pieces], [each.bytes for each in pieces]
+            found = self._fetched(name, starts, lengths, gap)
             data.update(zip(pieces, found, strict=True))
 
         in_parallel(get, list(by_name), _AT_ONCE)
         return stage.keep(group, [data[piece] for piece in group])
 
-    def _fetched(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[Any]:
+    def _fetched(
+        self,
+        name: str,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        coalesce: int = COALESCE_BYTES,
+    ) -> list[Any]:
         if not starts:
             return []
-        self.fetched_bytes += sum(lengths)
         try:
-            return self._requests.read_ranges(self.object_name(name), starts, lengths)
+            return self._requests.read_ranges(self.object_name(name), starts, lengths, coalesce)
         except FileNotFoundError as error:
             missing = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
             raise read_error(str(self.folder / name), missing) from error
@@ -269,10 +273,8 @@ class Mount:
         """Upload again what somebody wrote over whose lease was taken: the record is this one's."""
         there = {facts.path: facts.e_tag for facts in self._requests.list(self.object_name(start))}
         for each, path in pairs.items():
-            if (
-                there.get(self.object_name(each), self.objects[each].e_tag)
-                != self.objects[each].e_tag
-            ):
+            own = self.objects[each].e_tag
+            if there.get(self.object_name(each), own) != own:
                 self._upload(each, path)
 
     def _check_held(self, record: str) -> None:

@@ -23,11 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from featcache.errors import UserError
 from featcache.storage.owner import is_alive, is_here, is_writer, writer_id
 
 _GROUP_BYTES = 64 << 20  # that are fetched ahead together
 _MOST_INDEX_BYTES = 64 << 20
+_FOR_NOTHING = 0.03  # of what is fetched, between pieces that one request reads
 
 
 class Piece(NamedTuple):
@@ -95,9 +99,12 @@ class Stage:
 
     # ---- writing
 
-    def make_room(self, count: int) -> bool:
-        """Drop what has been read, oldest first, until so many bytes more are within the limit;
-        False where they are not."""
+    def make_room(self, pieces: Sequence[Piece]) -> bool:
+        """Drop what has been read, oldest first, until these pieces, with their index, are within
+        the limit; False where they are not."""
+        return self._make_room(_segment_bytes(pieces))
+
+    def _make_room(self, count: int) -> bool:
         with self._lock:
             for segment in list(self._segments):
                 if self.bytes + count <= self.limit:
@@ -109,15 +116,16 @@ class Stage:
     def keep(self, pieces: Sequence[Piece], data: Sequence[Any]) -> bool:
         """Keep pieces that were fetched together, until they are read and their room is wanted;
         False where there is no room."""
-        count = sum(piece.bytes for piece in pieces)
+        index = _index(pieces)
+        count = sum(piece.bytes for piece in pieces) + len(index)
         with self._lock:
-            if not pieces or not self.make_room(count):
+            if not pieces or not self._make_room(count):
                 return False
             path = self.folder / f"{writer_id()}.data"
             try:
                 with path.open("xb") as file:
                     file.writelines(data)
-                self._write_index(path.with_suffix(".json"), pieces)
+                path.with_suffix(".json").write_bytes(index)
                 self._add(path, pieces, count)
             except OSError as error:
                 for each in (path, path.with_suffix(".json")):
@@ -127,15 +135,6 @@ class Stage:
                     "smaller --stage-limit"
                 ) from error
         return True
-
-    @staticmethod
-    def _write_index(path: Path, pieces: Sequence[Piece]) -> None:
-        numbers: dict[str, int] = {}
-        rows = [
-            [numbers.setdefault(piece.file, len(numbers)), piece.offset, piece.bytes]
-            for piece in pieces
-        ]
-        path.write_text(json.dumps({"files": list(numbers), "pieces": rows}))
 
     def _add(self, path: Path, pieces: Sequence[Piece], count: int) -> None:
         segment = _Segment(path, count)
@@ -176,12 +175,12 @@ class Stage:
 
     def _adopt(self, data: Path, index: Path) -> None:
         pieces = list(_read_index(index, data.stat().st_size))
-        count = sum(piece.bytes for piece in pieces)
+        count = _segment_bytes(pieces)
         index.unlink(missing_ok=True)
         if not pieces or self.bytes + count > self.limit:
             data.unlink()
             return
-        self._write_index(data.with_suffix(".json"), pieces)
+        data.with_suffix(".json").write_bytes(_index(pieces))
         self._add(data, pieces, count)
         for segment in self._segments:
             segment.unread.clear()  # which of them are wanted again is not known
@@ -205,13 +204,52 @@ def _pread(path: Path, count: int, position: int) -> bytes:
 def groups(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Cut pieces into groups of some bytes, which are in memory at a time."""
     group: list[Piece] = []
+    count = 0
     for piece in pieces:
-        if group and sum(each.bytes for each in group) + piece.bytes > _GROUP_BYTES:
+        if group and count + piece.bytes > _GROUP_BYTES:
             yield group
-            group = []
+            group, count = [], 0
         group.append(piece)
+        count += piece.bytes
     if group:
         yield group
+
+
+def joined_gap(pieces: Sequence[Piece]) -> int:
+    """Return the largest gap between pieces that one request may read across, so that what is
+    fetched for nothing stays below a share of all pieces: small gaps of all files come first.
+
+    >>> joined_gap([Piece("f", 0, 1000), Piece("f", 1020, 1000), Piece("f", 9000, 1)])
+    20
+    """
+    files: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        files.setdefault(piece.file, []).append(piece)
+    gaps = np.sort(np.concatenate([_gaps(each) for each in files.values()]))
+    fits = np.cumsum(gaps) <= _FOR_NOTHING * sum(piece.bytes for piece in pieces)
+    fits[:-1] &= gaps[1:] != gaps[:-1]  # of gaps of one size all are joined, or none
+    return int(gaps[fits][-1]) if fits.any() else 0
+
+
+def _gaps(pieces: Sequence[Piece]) -> npt.NDArray[np.int64]:
+    """Return the gaps between neighbours of a file, 0 where they touch."""
+    bounds = np.array(sorted((piece.offset, piece.offset + piece.bytes) for piece in pieces))
+    ends = np.maximum.accumulate(bounds[:, 1])
+    return np.maximum(bounds[1:, 0] - ends[:-1], 0)
+
+
+def _index(pieces: Sequence[Piece]) -> bytes:
+    numbers: dict[str, int] = {}
+    rows = [
+        [numbers.setdefault(piece.file, len(numbers)), piece.offset, piece.bytes]
+        for piece in pieces
+    ]
+    return json.dumps({"files": list(numbers), "pieces": rows}).encode()
+
+
+def _segment_bytes(pieces: Sequence[Piece]) -> int:
+    """Return the bytes that pieces take together, with their index."""
+    return sum(piece.bytes for piece in pieces) + len(_index(pieces))
 
 
 def _read_index(path: Path, size: int) -> Iterator[Piece]:

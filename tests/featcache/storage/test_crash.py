@@ -34,9 +34,13 @@ VIT = "timm:vit_tiny_patch16_224,img_size=32"
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    return save_noise(tmp_path_factory.mktemp("pictures"), PICTURES)
+
+
+def save_noise(folder: Path, count: int) -> Path:
+    """So many pictures, and a broken one."""
     draw = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(count):
         noise = draw.integers(0, 255, (12, 12, 3), np.uint8)
         Image.fromarray(noise).resize((96, 80)).save(folder / f"p{i:03d}.png")
     (folder / "broken.png").write_bytes(b"no picture")

@@ -12,11 +12,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import obstore
 import pytest
 from obstore.store import S3Store
-from PIL import Image
 
 from featcache import teachers
 from featcache.extraction import extract
@@ -26,6 +24,7 @@ from featcache.pictures.open_source import open_source
 from featcache.storage import mount, mounted
 from featcache.testing.items import files_below
 from featcache.views.policy import Policy
+from tests.featcache.storage.test_crash import save_noise
 from tests.s3_server import BUCKET
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_admin")]
@@ -39,13 +38,7 @@ OTHER = "elsewhere+0a1b2c3d4e5f-12-5x00ff00ff"  # a process of another machine
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    draw = np.random.default_rng(0)
-    for i in range(PICTURES):
-        noise = draw.integers(0, 255, (12, 12, 3), np.uint8)
-        Image.fromarray(noise).resize((96, 80)).save(folder / f"p{i:03d}.png")
-    (folder / "broken.png").write_bytes(b"no picture")
-    return folder
+    return save_noise(tmp_path_factory.mktemp("pictures"), PICTURES)
 
 
 def work(

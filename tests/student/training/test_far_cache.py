@@ -72,6 +72,11 @@ def test_losses_are_those_of_a_cache_on_disk(tmp_path: Path, places: list[Any]) 
     assert fx.same_weights(tmp_path / "there", tmp_path / "here")
 
 
+def sent_bytes(proxy: faulty_proxy.FaultyProxy, part: str) -> int:
+    """The bytes that the server sent of files with this part in their names."""
+    return sum(count for path, counts in proxy.bytes_of.items() if part in path for count in counts)
+
+
 class Watch(threading.Thread):
     """Looks again and again how many bytes a stage holds."""
 
@@ -84,13 +89,15 @@ class Watch(threading.Thread):
             held = 0
             for path in self.folder.glob("*"):
                 try:
-                    held += path.stat().st_size if path.suffix == ".data" else 0
+                    held += path.stat().st_size
                 except OSError:
                     continue
             self.most = max(self.most, held)
 
 
-def test_a_stage_of_a_quarter_of_the_cache(tmp_path: Path, places: list[Any]) -> None:
+def test_a_stage_of_a_quarter_of_the_cache(
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = meter.read().bytes_read
     wanted = local(tmp_path / "here")
     read_bytes = meter.read().bytes_read - before
@@ -99,14 +106,39 @@ def test_a_stage_of_a_quarter_of_the_cache(tmp_path: Path, places: list[Any]) ->
     watch = Watch(tmp_path / "stage")
     watch.start()
     stage = ("--stage", tmp_path / "stage", "--stage-limit", limit)
-    fx.good(fx.train("mralign", tmp_path / "there", "--cache", URL, *OPTIONS, *stage))
+    with faulty_proxy.before(s3.endpoint) as proxy:  # without faults: it counts
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        fx.good(fx.train("mralign", tmp_path / "there", "--cache", URL, *OPTIONS, *stage))
     watch.done.set()
     watch.join()
     assert numbers(tmp_path / "there") == wanted
     assert fx.same_weights(tmp_path / "there", tmp_path / "here")
     assert 0 < watch.most <= limit
-    (place,) = {id(each): each for each in places if each.fetched_bytes}.values()
-    assert place.fetched_bytes <= 1.05 * read_bytes
+    assert sent_bytes(proxy, "shards/000000.zarr/") <= 1.05 * read_bytes
+    # what describes the cache is asked for once
+    describes = (".json", ".safetensors")
+    assert {len(proxy.bytes_of[path]) for path in proxy.bytes_of if path.endswith(describes)} == {1}
+
+
+@pytest.mark.parametrize("codec", ["fp16", "t3"])
+def test_of_levels_that_are_not_read_nothing_is_fetched(
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch, bucket: S3Store, codec: str
+) -> None:
+    """One level of three, whose rows lie closer than a request is worth elsewhere."""
+    teacher = "synthetic:levels=4,tokens=16,width=768,size=32"
+    here = fx.extract(fx.pictures(), tmp_path / "c", "--codec", codec, teacher=teacher)
+    for name, data in files_below(here).items():
+        obstore.put(bucket, f"one-{codec}/{name}", data)
+    words = (*OPTIONS, "--images", fx.pictures())
+    before = meter.read().bytes_read
+    fx.good(fx.train("kd", tmp_path / "here", "--cache", here, *words, "--sampling", "block"))
+    read_bytes = meter.read().bytes_read - before
+    with faulty_proxy.before(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        place = ("--cache", f"s3://{BUCKET}/one-{codec}", "--stage", tmp_path / "stage")
+        fx.good(fx.train("kd", tmp_path / "there", *place, *words))
+    assert numbers(tmp_path / "there") == numbers(tmp_path / "here")
+    assert sent_bytes(proxy, "shards/000000.zarr/") <= 1.05 * read_bytes
 
 
 def test_killed_and_resumed_with_what_its_stage_holds(tmp_path: Path) -> None:
