@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from featcache.errors import UserError, one_line
 from featcache.objects.failures import NO_BUCKET, failure, read_answer
+from featcache.objects.parallel import in_parallel
 from featcache.objects.url import ObjectUrl
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ TIMEOUT_S = 30.0  # of one request
 MOST_S = 55.0  # from the first failure to the last try: a store that stays down ends in a minute
 PART_BYTES = 8 << 20  # of a multipart upload
 _PARTS_AT_ONCE = 4  # of one file
+_RANGES_AT_ONCE = 16
 _MOST_DELETED = 1000  # objects by one request
 PIECE_BYTES = 4 << 20  # of a download
 _DOWNLOAD_BYTES = 2 * PIECE_BYTES  # in flight, and in memory
@@ -93,23 +95,41 @@ class Client:
         coalesce: int = COALESCE_BYTES,
     ) -> list[Any]:
         """Return the bytes of each range as a buffer, fetched at once; what lies closer than
-        `coalesce` bytes by one request. UserError where an object is shorter than a range asks
-        for."""
+        `coalesce` bytes by one request. Where one of the requests fails, ranges are fetched one by
+        one, and those that came are kept: many that must all succeed would need many tries.
+        UserError where an object is shorter than a range asks for."""
         import obstore
+        from obstore.exceptions import BaseError
 
-        found = self._tried(
-            "read",
-            path,
-            lambda: obstore.get_ranges(
-                self.store, path, starts=starts, lengths=lengths, coalesce=coalesce
-            ),
-        )
+        found: list[Any] = []
+        failed: list[Exception] = []
+
+        def one(i: int) -> None:
+            try:
+                found[i] = obstore.get_range(self.store, path, start=starts[i], length=lengths[i])
+            except (BaseError, PermissionError, OSError) as error:
+                failed.append(error)
+
+        def lacking() -> list[Any]:
+            if not found:  # the first try
+                found.extend([None] * len(starts))
+                found[:] = obstore.get_ranges(
+                    self.store, path, starts=starts, lengths=lengths, coalesce=coalesce
+                )
+                return found
+            failed.clear()
+            in_parallel(one, [i for i, data in enumerate(found) if data is None], _RANGES_AT_ONCE)
+            if failed:
+                raise failed[0]
+            return found
+
+        self._tried("read", path, lacking)
         for start, length, data in zip(starts, lengths, found, strict=True):
             if len(data) != length:
                 raise UserError(
                     f"{self.place(path)} ends before byte {start + length}; run `featcache verify`"
                 )
-        return list(found)
+        return found
 
     def read_range(self, path: str, start: int, length: int, e_tag: str) -> bytes:
         """Return the bytes of a range of an object that still has this ETag; UserError where it

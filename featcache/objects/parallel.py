@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Given = TypeVar("Given")
 
 
-def in_parallel(work: Callable[[str], None], given: Sequence[str], most: int) -> None:
+def in_parallel(work: Callable[[Given], None], given: Sequence[Given], most: int) -> None:
     """Do work for each, at most so many at a time. Raises the first error; nothing more is begun
     then."""
     if len(given) < 2:

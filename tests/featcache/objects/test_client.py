@@ -117,6 +117,21 @@ def test_faults_now_and_then_change_nothing(
     assert "retrying: 503 SlowDown, 1 of 6" in caplog.text
 
 
+def test_of_many_ranges_those_that_came_are_kept(proxy: FaultyProxy) -> None:
+    """Every third request fails, so that no forty in a row succeed."""
+    requests = client(parse(f"s3://{BUCKET}"))
+    requests.sleep = lambda seconds: None
+    data = np.random.default_rng(0).bytes(1 << 20)
+    requests.put("ranges", data)
+    proxy.faults = lambda method, path, number: ("reset", "503", "cut")[number % 9 // 3] * (
+        number % 3 == 0
+    )
+    starts = [int(each) for each in np.random.default_rng(1).permutation(40) * 25_000]
+    found = requests.read_ranges("ranges", starts, [1000] * 40, coalesce=0)
+    assert [bytes(each) for each in found] == [data[start : start + 1000] for start in starts]
+    assert sum(proxy.made[kind] for kind in ("reset", "503", "cut")) >= 13
+
+
 def test_a_store_that_stays_down_ends_in_a_line(proxy: FaultyProxy) -> None:
     proxy.faults = lambda method, path, number: "503"
     there = client(parse(f"s3://{BUCKET}"))
