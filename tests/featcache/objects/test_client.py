@@ -123,8 +123,8 @@ def test_of_many_ranges_those_that_came_are_kept(proxy: FaultyProxy) -> None:
     requests.sleep = lambda seconds: None
     data = np.random.default_rng(0).bytes(1 << 20)
     requests.put("ranges", data)
-    proxy.faults = lambda method, path, number: ("reset", "503", "cut")[number % 9 // 3] * (
-        number % 3 == 0
+    proxy.faults = lambda method, path, number: (
+        ("reset", "503", "cut")[number % 9 // 3] * (number % 3 == 0)
     )
     starts = [int(each) for each in np.random.default_rng(1).permutation(40) * 25_000]
     found = requests.read_ranges("ranges", starts, [1000] * 40, coalesce=0)

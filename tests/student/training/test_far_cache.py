@@ -174,7 +174,7 @@ def test_faults_on_the_way_change_no_number(
     wanted = local(tmp_path / "here")
     with faulty_proxy.before(s3.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        now_and_then = faulty_proxy.now_and_then(1, 0.15)
+        now_and_then = faulty_proxy.now_and_then(1, 0.06)
         proxy.faults = lambda method, path, number: (
             "slow" if number in (9, 40) else now_and_then(method, path, number)
         )
