@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from featcache.catalog import extract_command
 from featcache.errors import UsageError, UserError, counted
 from featcache.pictures.open_source import open_source
 from featcache.pictures.source import PictureError, Source
-from featcache.reading import join, pixel_check, transform_probe
+from featcache.reading import content_match, join, pixel_check, transform_probe
 from featcache.reading.cache import Cache
 from featcache.reading.feature_reader import FeatureReader
 from featcache.reading.sample_check import PictureCheck
@@ -71,6 +71,9 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     how many. `skipped` pictures are in the cache's quarantine, and `left_out` rows of the cache
     have no picture here.
 
+    `match="content"` finds pictures that were renamed or moved by the bytes of their files, each of
+    which is read once by `workers` threads as the dataset is made.
+
     Works with num_workers=0 and with forked and spawned workers; a whole batch is one `cache.read`.
     `set_epoch` reaches persistent workers too: call it before the epoch's iteration begins.
     """
@@ -91,6 +94,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         pixel_tolerance: float = 0.0,
         check_sample: bool = True,
         check_transform: bool = True,
+        match: Literal["key", "content"] = "key",
+        workers: int = 2,
     ) -> None:
         _check_shares(check_pixels, pixel_tolerance)
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
@@ -101,6 +106,10 @@ class Dataset(torch.utils.data.Dataset[Sample]):
                 f"{extract_command.for_cache(self.cache.manifest, self.cache.path)}"
             )
         self.source = _open(pictures, self.cache)
+        if match not in ("key", "content"):
+            raise UsageError(f"match {match!r}: 'key' or 'content' is allowed")
+        if match == "content" and not isinstance(self.source, join.StoredPixels):
+            self.source = content_match.rename(self.cache, self.source, workers)
         self.pictures, self.rows, self.skipped = join.join_by_key(self.cache, self.source)
         self.left_out, _ = join.left_out(self.cache, self.rows)
         self.policy = policy_from_dict(self.cache.identity["policy"])

@@ -14,13 +14,20 @@ from featcache.api.begun_cache import with_shards
 from featcache.api.progress import Progress, ProgressCallback
 from featcache.catalog import home
 from featcache.catalog.account import account
-from featcache.console import config_file, extract_parameters, extract_report, for_recipes, keywords
+from featcache.console import (
+    append_options,
+    config_file,
+    extract_parameters,
+    extract_report,
+    for_recipes,
+    keywords,
+)
 from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
 from featcache.console.progress_bar import WaitingNote
 from featcache.errors import StoppedError, UsageError
 from featcache.pictures.open_source import open_source
 from featcache.runtime import variables
-from featcache.storage import manifest
+from featcache.storage import manifest, picture_lists
 from featcache.storage.files import address, files_of
 
 if TYPE_CHECKING:
@@ -83,6 +90,7 @@ def extract(
     devices: str | None = None,
     shard: str | None = None,
     add: bool = False,
+    append: bool = False,
     strict: bool = False,
     dry_run: bool = False,
     progress: ProgressCallback | None = None,
@@ -93,7 +101,8 @@ def extract(
     default; `featcache extract --help` says them. `for_` is --for. Several teachers, levels or
     weights are a list of what is typed after each option: `levels=["last:5", "dino-b16=-1"]`;
     `levels=[8, 10, 12]` are blocks. A `batch_size` other than 32 is kept to, as one that is typed;
-    32 leaves a cache the batch size that it was begun with. `progress` is called after every batch
+    32 leaves a cache the batch size that it was begun with. With `append` all that is left to its
+    default is as in the cache. `progress` is called after every batch
     with a `Progress` of stage "extract", in pictures; what it raises ends the work in order, and
     the same call continues. Notes go to the logger "featcache".
 
@@ -159,12 +168,14 @@ def carry_out(
 
     choice = for_recipes.choose(options, say)
     options = choice.options
+    if options.append:
+        options = append_options.with_options_of_cache(options)
     if why := choice.nothing_to_extract:
         return {"cache": None, "complete": True, **choice.record}, why
     check_names(options)
     keep_freed_memory()
     plans, inputs = build_plans(options, say)
-    if options.rows_per_shard == "auto":
+    if options.rows_per_shard == "auto" and not options.append:
         plans = with_shards(plans, options.out)
     for_recipes.check_plans(choice, plans)
     _note_random_weights(plans, say)
@@ -204,9 +215,11 @@ def _check_teachers(
 def _plan_jobs(plans: list[Plan], options: ExtractOptions) -> list[ExtractJob]:
     """Return what is to be extracted and the folders it goes to; nothing where there is nothing to
     add."""
-    from featcache.extraction import extend
+    from featcache.extraction import append, extend
     from featcache.extraction.options import file_name
 
+    if options.append and options.out is not None:
+        return [append.plan_append(plans[0], options.out)]
     if options.add and options.out is None:
         raise UsageError("--add adds to a cache: name it with --out CACHE")
     name = f"{file_name(plans[0].teacher.name)}-{plans[0].manifest()['id'][:8]}"
@@ -232,7 +245,12 @@ class _Work:
         share = parse_share(options.share)
         shards = jobs[0].plan.shards[share[0] :: share[1]]
         summary = extract_report.summary(jobs, options.out, shards)
-        summary |= {"added": options.add, "share": options.share, **record}
+        summary |= {
+            "added": options.add,
+            "appended": options.append,
+            "share": options.share,
+            **record,
+        }
         if options.dry_run:
             summary |= extract_report.remaining_facts(jobs, shards)
             summary |= extract_report.cost_facts(
@@ -246,13 +264,17 @@ class _Work:
 
     def _run(self, share: tuple[int, int], summary: dict[str, Any]) -> dict[str, Any]:
         """Extract on every device, and note it in the ledger; returns what is known afterwards."""
-        from featcache.extraction import launcher
+        from featcache.extraction import append, launcher
 
         facts = {**summary, "device": self.devices[0], "processes": len(self.devices)}
         facts |= {"batch_size": self._batch_size(), "workers": self.options.workers}
         facts["variables"] = variables.recorded()
         facts["options"] = config_file.given_options()
         others: list[Counts] = []
+        if self.options.append:
+            append.begin(self.jobs[0])
+            _, *before = picture_lists.ids(self.jobs[0].plan.manifest()["identity"])
+            facts |= {"from_id": before[0]} if before else {}
         with account("extract", **facts) as line:
             try:
                 with launcher.worker_processes(self.devices[1:], self._words()) as others:

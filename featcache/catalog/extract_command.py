@@ -13,7 +13,8 @@ from featcache.errors import UsageError, command_line, counted, short
 from featcache.models.contract import REGISTERED
 from featcache.objects.url import is_object_url
 from featcache.objects.url import parse as parse_url
-from featcache.storage import manifest
+from featcache.pictures.spec import SEPARATOR
+from featcache.storage import manifest, picture_lists
 from featcache.storage.part import added_parts, describe_part
 from featcache.storage.store import record_path
 from featcache.views import pixel_path
@@ -79,11 +80,18 @@ def parent_path(manifest: Mapping[str, Any]) -> str:
     return path if fine and max(map(len, names)) < _LONGEST_NAME else ""
 
 
-def recorded_pictures(manifest: Mapping[str, Any]) -> str:
-    """Return where the pictures of a cache were. Raises UsageError for a URL: no object store is
-    asked, as whoever runs this, because a manifest says so."""
-    spec = str(manifest["provenance"]["source"])
-    if is_object_url(spec):
+def pictures_text(manifest: Mapping[str, Any], lists: int | None = None) -> str:
+    """Return what a manifest says of where the pictures were, of its first lists or of all."""
+    provenance = manifest["provenance"]
+    sources = [provenance["source"], *provenance.get(picture_lists.SOURCES, ())]
+    return SEPARATOR.join(map(str, sources[:lists]))
+
+
+def recorded_pictures(manifest: Mapping[str, Any], lists: int | None = None) -> str:
+    """Return where the pictures of a cache were, of its first lists or of all. Raises UsageError
+    for a URL: no object store is asked, as whoever runs this, because a manifest says so."""
+    spec = pictures_text(manifest, lists)
+    if any(map(is_object_url, spec.split(SEPARATOR))):
         raise UsageError(
             f"the cache says that its pictures are {short(spec)}, and no object store is asked "
             "because a cache says so; if you trust that, give it as --images"
@@ -149,7 +157,7 @@ def extract_options(
     given = {
         "teacher": identity["teacher"]["name"],
         "levels": format_levels(identity["levels"] if levels is None else levels, depth),
-        "images": provenance["source"],
+        "images": pictures_text(manifest),
         "views": views or identity.get("first_view", 0) + identity["views"],
         **({} if provenance["weights"] == REGISTERED else {"weights": provenance["weights"]}),
         **{

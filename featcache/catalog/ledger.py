@@ -186,14 +186,17 @@ def problem() -> tuple[Path, str] | None:
     return None
 
 
-def runs_of(cache_id: str) -> list[dict[str, Any]]:
-    """Return the ledgers' lines on training with a cache, oldest first, without those that showed
-    no picture. Lines that are none of ours are passed over; a note counts them, once."""
-    return [
+def runs_of(*cache_ids: str) -> list[dict[str, Any]]:
+    """Return the ledgers' lines on training with a cache, by the ids that it has and had, oldest
+    first, without those that showed no picture. Lines that are none of ours are passed over; a note
+    counts them, once."""
+    found = [
         run
+        for cache_id in cache_ids
         for run in _uses(cache_id)
         if run["command"] != USE and run.get("views_shown") != 0  # absent in older lines
     ]
+    return found if len(cache_ids) == 1 else sorted(found, key=lambda run: str(run["time"]))
 
 
 def last_uses() -> dict[str, str]:

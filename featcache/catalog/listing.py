@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UserError
-from featcache.storage import manifest
+from featcache.storage import manifest, picture_lists
 from featcache.storage.part import added_parts
 from featcache.storage.record import read_record
 from featcache.storage.store import record_path
@@ -32,7 +32,7 @@ def describe(path: Path, last_uses: Mapping[str, str]) -> dict[str, Any]:
         "path": str(path),
         "id": cache_manifest["id"],
         "teacher": identity["teacher"]["name"],
-        "pictures": identity["pictures"]["count"],
+        "pictures": picture_lists.count(identity),
         "views": _views(identity, [part["identity"] for part, _ in parts]),
         "levels": _levels(identity, [part["identity"] for part, _ in parts]),
         "codec": identity["codec"],
@@ -45,7 +45,10 @@ def describe(path: Path, last_uses: Mapping[str, str]) -> dict[str, Any]:
         "shards_complete": len(records),
         "parts": len(parts),
         "parts_complete": sum(len(found) == wanted for _, (found, wanted) in parts),
-        "last_used": last_uses.get(cache_manifest["id"]),
+        "last_used": max(
+            (last_uses[each] for each in picture_lists.ids(identity) if each in last_uses),
+            default=None,
+        ),
         "random_weights": manifest.is_random(cache_manifest),
     }
 

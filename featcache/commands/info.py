@@ -16,7 +16,7 @@ from featcache.console.params import CachePath
 from featcache.console.text import format_bytes, format_table, join_lines, print_facts
 from featcache.errors import counted
 from featcache.reading.cache import Cache
-from featcache.storage import manifest, statistics
+from featcache.storage import manifest, picture_lists, statistics
 
 
 @click.command(
@@ -71,7 +71,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "unfinished": [each._asdict() for each in extract_command.unfinished(cache.path)],
         "arrays": arrays,
         "serves": serves.recipe_support(cache),
-        "runs": ledger.runs_of(cache.manifest["id"]),
+        "runs": ledger.runs_of(*picture_lists.ids(cache.identity)),
         "quarantined": cache.quarantined,
     }
 
@@ -90,7 +90,7 @@ def text(cache: Cache, facts: dict[str, Any]) -> str:
     lines = [
         manifest.title(cache.manifest, facts["rows"], facts["views"]),
         f"{facts['shards_complete']} of {counted(facts['shards'], 'shard')}, {facts['rows']} of "
-        f"{counted(identity['pictures']['count'], 'picture')} stored, "
+        f"{counted(picture_lists.count(identity), 'picture')} stored, "
         f"{format_bytes(facts['bytes'])}, "
         f"{identity['store']} store, {_form(facts)}, codec {identity['codec']}, "
         f"tokens {_tokens(identity)}",

@@ -58,6 +58,7 @@ class ExtractOptions:
     devices: str | None
     share: str | None
     add: bool
+    append: bool
     strict: bool
     dry_run: bool
     as_json: bool

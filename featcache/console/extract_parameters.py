@@ -301,6 +301,12 @@ def _running() -> list[click.Parameter]:
             help="Add views, levels or a second teacher to the cache at --out.",
         ),
         Option(
+            ["--append"],
+            group=HelpGroup.INPUT,
+            is_flag=True,
+            help="Append the pictures of --images to the cache at --out; all else is as there.",
+        ),
+        Option(
             ["--strict"],
             group=HelpGroup.CHECKS,
             is_flag=True,

@@ -62,7 +62,8 @@ def remaining_facts(jobs: list[ExtractJob], shards: list[dict[str, Any]]) -> dic
     from featcache.extraction.target_folder import existing_manifest
 
     for plan, folder in jobs:
-        existing_manifest(plan.manifest(), folder)
+        if not plan.is_new_list:  # which --append has compared already
+            existing_manifest(plan.manifest(), folder)
     left = [[shard for shard in unfinished_shards(job) if shard in shards] for job in jobs]
     rows = [sum(shard["count"] for shard in each) for each in left]
     new_bytes = sum(
@@ -166,7 +167,11 @@ def summary_text(summary: dict[str, Any], jobs: list[ExtractJob]) -> str:
             f"{counted(summary['pictures'], 'picture')}"
         )
     views, verb = counted(summary["views"], "view"), "added " if summary["added"] else ""
-    lines = [f"{summary['cache']}: {verb}{count} x {views}, {text.format_bytes(summary['bytes'])}"]
+    size = text.format_bytes(summary["bytes"])
+    lines = [f"{summary['cache']}: {verb}{count} x {views}, {size}"]
+    if summary["appended"] and not summary["share"]:
+        new = counted(summary["pictures"], "picture")
+        lines = [f"{summary['cache']}: appended {new} x {views}, {size}; {count} in all"]
     if summary["new_pictures"]:
         lines.append(f"{summary['pictures_per_s']} pictures/s, slowest stage: {summary['slowest']}")
     elif summary["complete"]:

@@ -16,7 +16,7 @@ from featcache.objects.url import ObjectUrl, is_object_url
 from featcache.objects.url import parse as parse_url
 from featcache.pictures.patterns import expand_braces
 from featcache.pictures.source import ALLOWED
-from featcache.pictures.spec import parse_spec
+from featcache.pictures.spec import SEPARATOR, parse_spec, split_sources
 from featcache.runtime.local_path import local_path
 from featcache.storage.mount import mount
 
@@ -170,6 +170,10 @@ class PicturesText(LocalText):
     """One option names pictures, on this machine or as tars in an object store."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = [self._convert(each, param, ctx) for each in split_sources(value)]
+        return found[0] if len(found) == 1 else SEPARATOR.join(found)
+
+    def _convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not is_object_url(value):
             return super().convert(value, param, ctx)
         parse_url(expand_braces(parse_spec(value).path)[0])

@@ -12,7 +12,7 @@ from featcache.drawing.view_pixels import Pictures
 from featcache.errors import counted
 from featcache.reading.cache import Cache
 from featcache.reading.join import stores_pixels
-from featcache.storage import manifest
+from featcache.storage import manifest, picture_lists
 from featcache.views.render import jitter_factors
 
 KEY_LENGTH = 200  # of a key in a heading; its whole text is below it
@@ -95,7 +95,7 @@ def facts(cache: Cache) -> list[tuple[str, str]]:
         ("view policy", _policy(identity["policy"])),
         (
             "rows",
-            f"{len(cache)} of {counted(identity['pictures']['count'], 'picture')}, "
+            f"{len(cache)} of {counted(picture_lists.count(identity), 'picture')}, "
             f"{counted(cache.views, 'view')} each, {len(cache.quarantined)} in quarantine",
         ),
         ("shards", f"{len(cache.records)} of {len(cache.manifest['shards'])}, {identity['store']}"),

@@ -93,7 +93,7 @@ def run_jobs(
     begun = _begin_all(jobs, options)
     jobs, wanted = [job for job, _ in begun], [about for _, about in begun]
     with _undone_on_failure(jobs, wanted[0]):
-        _extract_missing(jobs, wanted[0]["shards"][share[0] :: share[1]], options)
+        _extract_missing(jobs, jobs[0].plan.shards[share[0] :: share[1]], options)
     for job, each in zip(jobs, wanted, strict=True):
         report_quarantine(job.out, each)
     return wanted
@@ -205,7 +205,8 @@ def _check_pictures(jobs: Sequence[ExtractJob], shards: Sequence[Shard]) -> None
     """Raise IdentityError where rows are to be added to those of other pictures."""
     count = sum(shard["count"] for shard in shards if any(_lacks(job, shard) for job in jobs))
     if count:
-        check_same_pictures(jobs[0].plan.source, cache_root(jobs[0].out), count)
+        plan = jobs[0].plan
+        check_same_pictures(plan.source, cache_root(jobs[0].out), count, first=plan.first_picture)
 
 
 def _lacks(job: ExtractJob, shard: Shard) -> bool:
@@ -250,7 +251,7 @@ class ShardWriterTask:
         plan = self.plan
         if plan.is_tokenizer:
             ids = checked_token_ids(host[tokenizer.FIELD], plan.teacher.width, plan.teacher.name)
-            return {tokenizer.FIELD: ids, **item_rows.view_items(batch)}, FeatureStatistics(
+            return {tokenizer.FIELD: ids, **item_rows.view_items(plan, batch)}, FeatureStatistics(
                 0.0, 0.0, ids[:0].astype("f4")
             )
         answer = item_rows.check_encoded(plan, batch, host)
@@ -297,10 +298,9 @@ class _Rows:
     ) -> None:
         self.stored, self._first_view = stored, jobs[0].plan.first_view
         self._rows = stored.rows(shard["name"]) if stored else {}
-        keys, numbers = (
-            jobs[0].plan.source.keys,
-            range(shard["first"], shard["first"] + shard["count"]),
-        )
+        plan = jobs[0].plan
+        first = shard["first"] - plan.first_picture
+        keys, numbers = plan.source.keys, range(first, first + shard["count"])
         found = [(job.out, record) for job in jobs if (record := previous_record(job.out, shard))]
         before: Mapping[str, Any] = found[0][1] if found else {"quarantined": []}
         self.decided = found[0][0] if found else None

@@ -9,13 +9,17 @@ import numpy.typing as npt
 
 from featcache.errors import UserError
 from featcache.models.tokenizer import FIELD, LARGEST
+from featcache.pictures.file_digest import DIGEST_BYTES
 from featcache.storage.store import Array, hash_dtype
 from featcache.targets.codecs import get_codec
 from featcache.views.fingerprint import THUMBNAIL
 
+FILE_DIGEST = Array("file_digest", "|u1", (DIGEST_BYTES,), ("row", "digest_byte"), per_view=False)
 
-def view_arrays(format: int) -> list[Array]:
-    """Return the arrays that every part of a format stores of the views themselves."""
+
+def view_arrays(format: int, *, file_digests: bool) -> list[Array]:
+    """Return the arrays that every part of a format stores of the views themselves, and what the
+    first one stores of files (`file_digests`)."""
     row_view = ("row", "view")
     return [
         Array("crop", "<i4", (4,), (*row_view, "top_left_height_width")),
@@ -25,6 +29,7 @@ def view_arrays(format: int) -> list[Array]:
         Array("pixel_hash", hash_dtype(format), (), row_view),
         Array("thumbnail", "|u1", (THUMBNAIL, THUMBNAIL, 3), (*row_view, "y", "x", "rgb")),
         Array("source_size", "<i4", (2,), ("row", "height_width"), per_view=False),
+        *([FILE_DIGEST] if file_digests else []),
     ]
 
 

@@ -32,14 +32,15 @@ _ADVICE = "give the pictures of the extraction: --images SRC"
 
 
 def check_same_pictures(
-    source: Source, out: Path, extracted: int, without: Collection[str] = ()
+    source: Source, out: Path, extracted: int, without: Collection[str] = (), *, first: int = 0
 ) -> None:
     """Raise IdentityError unless a sample of the pictures whose rows the cache at `out` has, but
     for shards that are damaged (`without`), is of the same pictures in `source`.
 
-    `extracted` pictures are to follow. Small differences, which another version of a decoder makes,
-    are let pass, and so are pictures that can no longer be decoded: their rows are there. A cache
-    that cannot be opened is told of by those who write to it.
+    `extracted` pictures are to follow; `first` of the cache's come before those of `source`. Small
+    differences, which another version of a decoder makes, are let pass, and so are pictures that
+    can no longer be decoded: their rows are there. A cache that cannot be opened is told of by
+    those who write to it.
     """
     try:
         cache = Cache(out, partial=bool(without))
@@ -49,7 +50,8 @@ def check_same_pictures(
         rows = _sound_rows(cache, without)
         whole = PictureCheck(cache, source, rows, rows)
         most = min(SAMPLE, max(extracted // SHARE, LEAST))
-        found = [(_index(source, cache, row), row) for row in rows[whole.sample(0, most)].tolist()]
+        sample = rows[whole.sample(0, most)].tolist()
+        found = [(_index(source, cache, row, first), row) for row in sample]
         pairs = np.array([pair for pair in found if pair[0] >= 0], np.int64).reshape(-1, 2)
         check = PictureCheck(
             cache, source, pairs[:, 0], pairs[:, 1], SAME_PICTURE, _ADVICE, skip_unusable=True
@@ -64,15 +66,16 @@ def _sound_rows(cache: Cache, without: Collection[str]) -> I64:
     return np.flatnonzero(np.repeat(sound, counts))
 
 
-def _index(source: Source, cache: Cache, row: int) -> int:
-    """Return the number of a row's picture in the source, found among those of its shard; -1 where
-    it is not there."""
+def _index(source: Source, cache: Cache, row: int, before: int) -> int:
+    """Return the number of a row's picture in the source, whose first is the cache's number
+    `before`, found among those of its shard; -1 where it is not there."""
     number = int(np.searchsorted(_ends(cache), row, "right"))
     name = cache.records[number]["shard"]
     shard = next(each for each in cache.manifest["shards"] if each["name"] == name)
     key = next(key for key, here in _rows_of_shard(cache, number).items() if here == row)
-    keys = list(source.keys[shard["first"] : shard["first"] + shard["count"]])
-    return shard["first"] + keys.index(key) if key in keys else -1
+    first = shard["first"] - before
+    keys = list(source.keys[first : first + shard["count"]]) if first >= 0 else []
+    return first + keys.index(key) if key in keys else -1
 
 
 def _ends(cache: Cache) -> I64:

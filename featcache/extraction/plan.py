@@ -27,7 +27,7 @@ from featcache.models import precision, tokenizer, weights
 from featcache.models.contract import Teacher, has_attention
 from featcache.pictures.patterns import absolute
 from featcache.pictures.source import Source
-from featcache.storage import checksums, codec_state, manifest
+from featcache.storage import checksums, codec_state, manifest, picture_lists
 from featcache.storage.store import FORMAT, Array, ShardForm
 from featcache.targets import codec_names, codecs
 from featcache.targets import levels as target_levels
@@ -58,6 +58,12 @@ class Plan:
     recount: bool = False
     format: int = FORMAT  # an earlier one where such a cache is continued, repaired or added to
     compression: str = ""  # of an archive that is repaired
+    # of a cache that pictures were appended to: its lists, and those of them that `source` gives
+    cache_lists: tuple[picture_lists.PictureList, ...] = ()
+    own_lists: range = range(1)
+    is_new_list: bool = False  # of pictures that are yet to be appended
+    # of pictures' files; not of what is added, nor of a cache that was begun without
+    file_digests: bool = True
     state_file: bytes = b""  # of the codec, once it is made or read
     # what the codec loses and the teacher's arithmetic changes, once it is measured
     distortion: Mapping[str, Any] = field(default_factory=dict)
@@ -111,18 +117,29 @@ class Plan:
 
     @property
     def shards(self) -> list[dict[str, Any]]:
-        """Return ranges of the source, fixed before anything is read: `first` picture and
-        `count`."""
-        n, step = len(self.source), self.rows_per_shard
-        return [
-            {"name": f"{i:06d}", "first": first, "count": min(step, n - first)}
-            for i, first in enumerate(range(0, n, step))
-        ]
+        """Return the shards of the source, fixed before anything is read: `first` picture, counted
+        through all lists of the cache, and `count`."""
+        end = self.first_picture + len(self.source)
+        return [each for each in self._all_shards if self.first_picture <= each["first"] < end]
+
+    @property
+    def _all_shards(self) -> list[dict[str, Any]]:
+        return picture_lists.shards(self.lists, self.rows_per_shard)
+
+    @cached_property
+    def lists(self) -> tuple[picture_lists.PictureList, ...]:
+        """Return the lists of pictures of the cache: one, but where some were appended."""
+        return self.cache_lists or (picture_lists.list_of(self.source.keys),)
+
+    @cached_property
+    def first_picture(self) -> int:
+        """Return the number of the source's first picture among those of all lists."""
+        return sum(each["count"] for each in self.lists[: self.own_lists.start])
 
     @property
     def arrays(self) -> list[Array]:
         own = [token_ids_array(self.teacher.patches)] if self.is_tokenizer else self._of_teacher()
-        arrays = [*own, *view_arrays(self.format)]
+        arrays = [*own, *view_arrays(self.format, file_digests=self.file_digests)]
         ranked = self.tokens == "ranked"
         return [
             *arrays,
@@ -183,7 +200,7 @@ class Plan:
             self._identity(),
             self._provenance(),
             arrays,
-            self.shards,
+            self._all_shards,
             self.side_files(),
             format=self.format,
         )
@@ -210,10 +227,7 @@ class Plan:
             "policy": self.policy.as_dict(),
             "views": self.views,
             "pixel_path": pixel_path.pixel_path(self.source),
-            "pictures": {
-                "count": len(self.source),
-                "keys_digest": manifest.keys_digest(self.source.keys),
-            },
+            **picture_lists.fields(self.lists),
             "rows_per_shard": self.rows_per_shard,
             "store": self.store,
         }

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from featcache import rng
 from featcache.errors import UserError
 from featcache.extraction.plan import Plan
+from featcache.pictures.file_digest import file_digest
 from featcache.pictures.source import PictureError
 from featcache.views import pixel_path
 from featcache.views import render as view_render
@@ -38,6 +39,7 @@ class Rendered:
     proofs: npt.NDArray[np.uint8] | None  # (V, S, S, 3) at the policy's size, where they are stored
     hashes: npt.NDArray[np.uint64]  # (V,)
     thumbnails: npt.NDArray[np.uint8]  # (V, 14, 14, 3)
+    file_digest: npt.NDArray[np.uint8]  # (16,) of the file's bytes
     ignores_exif: bool = False  # its EXIF orientation is not applied
 
 
@@ -85,7 +87,7 @@ def render_views(plans: Sequence[Plan], index: int) -> Rendered:
     numbers."""
     plan = plans[0]
     key = plan.source.keys[index]
-    picture = pixel_path.decode_picture(plan.source, index)
+    picture, data = pixel_path.read_picture(plan.source, index)
     size = (picture.height, picture.width)
     drawn = draw_views(plan.policy, rng.key_digests([key]), np.array([size]), plan.view_numbers)
     proof, seen = (
@@ -104,6 +106,7 @@ def render_views(plans: Sequence[Plan], index: int) -> Rendered:
         made[proof] if any(each.pixels for each in plans) else None,
         np.array([pixel_hash(each) for each in made[proof]], np.uint64),
         np.stack([thumbnail(each) for each in made[proof]]),
+        np.frombuffer(file_digest(data), np.uint8),
         pixel_path.ignores_orientation(plan.source, picture),
     )
 

@@ -94,7 +94,7 @@ def batch_items(plan: Plan, batch: Batch, answer: EncodedBatch) -> Host:
         **pixels,
         **({"attention": answer.attention} if has_attention(plan.teacher) else {}),
         "mask_order": order,
-        **view_items(batch),
+        **view_items(plan, batch),
     }
 
 
@@ -110,8 +110,9 @@ def order_of(
     return mask_order(plan.order, attention, digests, numbers, plan.policy.seed)
 
 
-def view_items(batch: Batch) -> Host:
-    """Return what is stored of the views themselves."""
+def view_items(plan: Plan, batch: Batch) -> Host:
+    """Return what is stored of the views themselves, and of the files of their pictures."""
+    digests = {"file_digest": np.stack([picture.file_digest for picture, _ in batch])}
     drawn = {
         name: np.stack([getattr(picture.drawn, name)[0, view] for picture, view in batch])
         for name in DrawnViews._fields
@@ -121,4 +122,5 @@ def view_items(batch: Batch) -> Host:
         "pixel_hash": np.stack([picture.hashes[view] for picture, view in batch]),
         "thumbnail": np.stack([picture.thumbnails[view] for picture, view in batch]),
         "source_size": np.array([picture.source_size for picture, _ in batch], np.int32),
+        **(digests if plan.file_digests else {}),
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import UserError, command_line, counted
-from featcache.storage import codec_state, commit, identity, json_file, manifest
+from featcache.storage import codec_state, commit, identity, json_file, manifest, picture_lists
 from featcache.storage.files import files_of
 from featcache.storage.own_folder import own_shards
 from featcache.storage.record import read_record
@@ -53,8 +53,23 @@ def in_form_of(cache: Path, plan: Plan) -> Plan:
     continued and added to as it was begun."""
     if not (cache / manifest.NAME).is_file():
         return plan
-    there = manifest.read(cache)
-    return replace(plan, format=there["format"], compression=there.get("compression", ""))
+    return in_form(manifest.read(cache), plan)
+
+
+def in_form(there: Mapping[str, Any], plan: Plan) -> Plan:
+    """Return the plan in the form of the cache that has the manifest `there`: format, whether it
+    keeps digests of files, and its lists of pictures where the plan's are some of them."""
+    plan = replace(
+        plan,
+        format=there["format"],
+        compression=there.get("compression", ""),
+        file_digests="file_digest" in there["arrays"],
+    )
+    lists = picture_lists.lists(there["identity"])
+    found = None if len(lists) == 1 else picture_lists.find_run(lists, plan.source.keys)
+    if found is None:
+        return plan
+    return replace(plan, cache_lists=tuple(lists), own_lists=found)
 
 
 def prepare_folder(plan: Plan, out: Path, batch_size: int) -> dict[str, Any]:
@@ -144,7 +159,7 @@ def begin_folder(
     for path in (out / manifest.NAME, shards / manifest.COPY):
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
-            json_file.write_json(path, wanted)
+            manifest.write(path, wanted)
     for folder in (out, shards):
         json_file.sweep(folder)
     # another process may have begun it in this moment, or another version before

@@ -24,7 +24,7 @@ from featcache.maintenance import transfer
 from featcache.maintenance.derive_plan import LevelChange, Wish, derive_jobs, job_again
 from featcache.maintenance.transfer_plan import TransferJob
 from featcache.reading.cache import Cache
-from featcache.storage import codec_state, manifest
+from featcache.storage import codec_state, manifest, picture_lists
 from featcache.storage.part import cache_root
 
 
@@ -50,7 +50,7 @@ def again(
     from."""
     wanted, where = about["identity"], f"cannot repair {str(part)!r}"
     with Cache(parent) as source:
-        if source.manifest["id"] != wanted["parent"]:
+        if wanted["parent"] not in picture_lists.ids(source.identity):
             raise UserError(
                 f"{where}: {str(parent)!r} is cache {source.manifest['id']}, it was derived from "
                 f"{wanted['parent']}; give that one with --parent CACHE"

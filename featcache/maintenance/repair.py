@@ -20,6 +20,7 @@ from featcache.extraction.plan import ExtractJob, Plan
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.shard_queue import free_shards
 from featcache.extraction.target_folder import (
+    in_form,
     recorded_batch_size,
     report_quarantine,
     root_files,
@@ -28,7 +29,7 @@ from featcache.extraction.target_folder import (
 from featcache.maintenance import derive, verify
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
-from featcache.storage import belongings, codec_state, commit, json_file, manifest
+from featcache.storage import belongings, codec_state, commit, manifest, picture_lists
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
 from featcache.storage.own_folder import own_shards
@@ -129,6 +130,9 @@ def _restore_manifest(part: Path) -> list[str]:
         here, there = (manifest.read_file(path) for path in pair)
         if here == there:
             return []
+        if picture_lists.lists_at(here["identity"], there["identity"]):  # a death while appending
+            manifest.write(pair[1], here)
+            return [str(pair[1])]
         what = (
             f"cannot repair {str(part)!r}: {manifest.NAME} and {SHARDS}/{manifest.COPY} are sound, "
             "but of two caches"
@@ -137,7 +141,7 @@ def _restore_manifest(part: Path) -> list[str]:
         refuse_mismatch(here, there, what, todo, ("fatal", "lossy", "layout"))
     source = good[0]
     target = pair[1] if source == pair[0] else pair[0]
-    json_file.write_json(target, manifest.read_file(source))
+    manifest.write(target, manifest.read_file(source))
     return [str(target)]
 
 
@@ -181,7 +185,7 @@ def _extract(
     progress: ExtractProgress,
 ) -> None:
     source, teacher = load(about)
-    plan = plan_from_manifest(about, source, teacher)
+    plan = in_form(about, plan_from_manifest(about, source, teacher))
     plan = replace(plan, state_file=codec_state.read_file(part, about))
     wanted = plan.manifest()
     if "copied_from" in about["provenance"] and _holds(part, about, source):
@@ -197,11 +201,16 @@ def _extract(
         )
     write_side_files(part, plan.side_files())
     shards = [shard for shard in about["shards"] if shard["name"] in bad]
+    if lacking := [shard["name"] for shard in shards if shard not in plan.shards]:
+        raise UserError(
+            f"cannot repair {str(part)!r}: the pictures of shard {lacking[0]} are of another list "
+            "than those given; pictures were appended to this cache: give all, --images A::B"
+        )
     size = recorded_batch_size(about, extract_command.BATCH_SIZE)
     options = extract.RunOptions(batch_size=size, workers=workers, progress=progress)
     count = sum(shard["count"] for shard in shards)
     if count:
-        check_same_pictures(source, cache_root(part), count, bad)
+        check_same_pictures(source, cache_root(part), count, bad, first=plan.first_picture)
     progress.total += count
 
     def make(shard: dict[str, Any]) -> None:
@@ -296,7 +305,7 @@ def _keys_of(read: Callable[[Path], list[dict[str, str]]], path: Path) -> list[s
 
 
 def plan_from_manifest(about: dict[str, Any], source: Source, teacher: Teacher) -> Plan:
-    """Return the plan that a manifest came from."""
+    """Return the plan that a manifest came from, but for its form."""
     identity = about["identity"]
     return Plan(
         source=source,
@@ -313,6 +322,4 @@ def plan_from_manifest(about: dict[str, Any], source: Source, teacher: Teacher) 
         pixels="pixels" in identity,
         first_view=identity.get("first_view", 0),
         recount="statistics" in about["provenance"],
-        format=about["format"],
-        compression=about.get("compression", ""),
     )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import featcache
 from featcache.errors import UsageError, UserError, counted
 from featcache.reading.cache import Cache
-from featcache.storage import checksums, codec_state, json_file
+from featcache.storage import checksums, codec_state, json_file, picture_lists
 from featcache.storage import manifest as manifests
 from featcache.storage.part import PARTS, added_parts, describe_part
 from featcache.storage.store import Array, array_from_dict, hash_dtype, record_path
@@ -177,7 +177,8 @@ def _choose(
         keys = [key for record in records for key in source.keys[shard_rows(source, record)]]
         # Those that have a row: the source's digest covers quarantined pictures too, whose order is
         # not known here.
-        identity["pictures"] = {"count": len(keys), "keys_digest": manifests.keys_digest(keys)}
+        identity.pop(picture_lists.APPENDED, None)
+        identity["pictures"] = picture_lists.list_of(keys)
     provenance = {
         **about["provenance"],
         **_distortion(about, identity["levels"]),

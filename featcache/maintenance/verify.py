@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from featcache.errors import UnreadableError, UserError
 from featcache.extraction import target_folder
 from featcache.reading.cache import Cache
-from featcache.storage import codec_state, commit, json_file, manifest
+from featcache.storage import codec_state, commit, json_file, manifest, picture_lists
 from featcache.storage.files import files_of
 from featcache.storage.keys import Keys, read_shard_keys
 from featcache.storage.part import added_parts
@@ -59,12 +59,8 @@ def check_parts_agree(path: Path) -> list[str]:
             for teacher in cache.teachers:  # sound bytes may still be no numbers that are used
                 cache.codec_state(teacher, cache.levels_of(teacher))
             # pictures in quarantine too, whose index is not known
-            listed = cache.identity["pictures"]["keys_digest"]
-            if (
-                cache.quarantined
-                or not cache.complete
-                or manifest.keys_digest(cache.keys) == listed
-            ):
+            listed = picture_lists.lists(cache.identity)
+            if cache.quarantined or not cache.complete or picture_lists.match(listed, cache.keys):
                 return []
     except UserError as error:
         return [str(error).removeprefix("cache file ")]  # of which who tells it says so
@@ -98,7 +94,7 @@ def part_problems(
         wanted = path.name == manifest.COPY or path.is_file() or _lacks_quarantine(part, about)
         if wanted and (damage := json_problem(path)):
             yield Problem(path, damage)
-        elif path.name == manifest.COPY and json_file.read_json(path) != about:
+        elif path.name == manifest.COPY and not _is_copy(path, about):
             yield Problem(path, f"{path}: differs from {manifest.NAME}")
         elif path.name == QUARANTINE and path.is_file() and not _is_of_records(path, part, about):
             yield Problem(
@@ -138,6 +134,15 @@ def _lacks_quarantine(part: Path, about: dict[str, Any]) -> bool:
     """Tell whether quarantine.json is missing although every record is there and one of them has
     something for it."""
     return bool(_quarantined(part, about))
+
+
+def _is_copy(path: Path, about: dict[str, Any]) -> bool:
+    try:
+        return manifest.read_file(path) == about
+    except UnreadableError:
+        raise
+    except UserError:  # sound JSON, and no manifest
+        return False
 
 
 def _is_of_records(path: Path, part: Path, about: dict[str, Any]) -> bool:

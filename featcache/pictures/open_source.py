@@ -18,17 +18,22 @@ from featcache.pictures import passed_over
 from featcache.pictures.far_tars import open_far_tars
 from featcache.pictures.folder import FolderSource, open_folder
 from featcache.pictures.given_labels import read_labels
+from featcache.pictures.joined import join
 from featcache.pictures.parquet import ParquetSource, is_parquet, open_parquet
 from featcache.pictures.patterns import expand_patterns, file_mode, literal_path
 from featcache.pictures.source import ALLOWED, Source, check_keys
-from featcache.pictures.spec import Spec, parse_spec
+from featcache.pictures.spec import Spec, parse_spec, split_sources
 from featcache.pictures.tars import TarSource, open_tars
 
 
 def open_source(spec: str | os.PathLike[str]) -> Source:
     """Open the pictures at `spec`. Raises UserError when there are none, or when two pictures have
     one key. What is passed over is noted in a line."""
-    given = parse_spec(os.fspath(spec))
+    text = os.fspath(spec)
+    specs = split_sources(text)
+    if len(specs) > 1:
+        return join(text, [open_source(each) for each in specs])
+    given = parse_spec(text)
     given = dataclasses.replace(given, path=literal_path(given.path))
     source: Source
     if _is_beton_path(given.path):
@@ -75,8 +80,8 @@ def _named(source: FolderSource | TarSource | ParquetSource, spec: Spec) -> Sour
 
 
 def is_beton(text: str) -> bool:
-    """Return whether a spec names an FFCV file."""
-    return _is_beton_path(parse_spec(text).path)
+    """Return whether a spec names an FFCV file, and nothing beside it."""
+    return len(split_sources(text)) == 1 and _is_beton_path(parse_spec(text).path)
 
 
 def _is_beton_path(path: str) -> bool:

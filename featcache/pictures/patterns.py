@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 from featcache.errors import UserError
 from featcache.objects.url import is_object_url
 from featcache.pictures.source import ALLOWED
+from featcache.pictures.spec import SEPARATOR, split_sources
 from featcache.runtime.local_path import local_path
 
 MOST_TARS = 1_000_000  # that a pattern may name
@@ -36,8 +37,11 @@ def literal_path(spec: str) -> str:
 
 
 def absolute(spec: str) -> str:
-    """Return a spec as other folders take it; a URL as it is."""
-    return spec if is_object_url(spec) else os.path.abspath(spec)  # noqa: PTH100 (a pattern)
+    """Return a spec as other folders take it; URLs as they are."""
+    return SEPARATOR.join(
+        each if is_object_url(each) else os.path.abspath(each)  # noqa: PTH100 (a pattern)
+        for each in split_sources(spec)
+    )
 
 
 def file_mode(path: str) -> int:

@@ -16,7 +16,8 @@ ALLOWED = (
     "a folder of pictures (" + " ".join(sorted(SUFFIXES)) + "), "
     "webdataset tars as a path, a glob, a brace pattern ('train-{000000..000009}.tar') or such a "
     "URL (s3://bucket/train-{000..146}.tar), "
-    "a tar of tars (ImageNet's), parquet files with a column of pictures, or an FFCV .beton"
+    "a tar of tars (ImageNet's), parquet files with a column of pictures, or an FFCV .beton; A::B "
+    "names the pictures of both"
 )
 
 

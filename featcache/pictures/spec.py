@@ -4,6 +4,7 @@
     train/#labels=prefix#separator=_
     'train-*.parquet#image-column=photo#label-column=fine_label'
     'train-{000..146}.tar#image-member=seg.png'
+    first/::'later.tar#labels=later.csv'           (two sources, one after the other)
 
 One text goes wherever pictures are named (--images, --test, --probe, FEATCACHE_IMAGES, Python), and
 a cache records it whole. What exists under the whole text is taken as it is written. The options
@@ -22,6 +23,7 @@ from typing import Any
 from featcache.errors import UsageError
 from featcache.runtime.local_path import local_path
 
+SEPARATOR = "::"  # between sources whose pictures are one list
 OPTIONS = ("labels", "image-member")  # parts that commands have as options, for --images
 PREFIX = "prefix"  # as labels: the first part of a key
 # wider than our names, so that a mistyped part is no part of a file's name
@@ -97,6 +99,24 @@ image_member='seg.png')
     return _checked(_split(text))
 
 
+def split_sources(text: str) -> list[str]:
+    """Split a text into the specs of the sources that it names, one after the other. What exists
+    under the whole text is one. Raises UsageError where one of them is empty.
+
+    >>> split_sources("a::b.tar#labels=b.csv"), split_sources("a")
+    (['a', 'b.tar#labels=b.csv'], ['a'])
+    """
+    if SEPARATOR not in text or "\0" in text or os.path.lexists(text):
+        return [text]
+    specs = text.split(SEPARATOR)
+    if not all(each.strip() for each in specs):
+        raise UsageError(
+            f"pictures {text!r}: {SEPARATOR} stands between two sources, and one is empty; give "
+            "A::B, or one source"
+        )
+    return specs
+
+
 def with_parts(text: str, given: Mapping[str, str]) -> str:
     """Return a spec with the parts that options give beside it. Raises UsageError where it has such
     a part itself, and where no text can say both.
@@ -104,6 +124,13 @@ def with_parts(text: str, given: Mapping[str, str]) -> str:
     >>> with_parts("a.tar", {"image-member": "seg.png"})
     'a.tar#image-member=seg.png'
     """
+    if len(split_sources(text)) > 1:
+        options = " ".join(f"--{name} {value}" for name, value in given.items())
+        raise UsageError(
+            f"pictures {text!r} are several sources, and {options} may mean each of them; give "
+            + " or ".join(f"#{name}=" for name in given)
+            + " to those that it is for"
+        )
     spec = _split(text)
     for name, value in given.items():
         if not value:

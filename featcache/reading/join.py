@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from featcache.errors import IdentityError, UserError, counted
 from featcache.pictures.source import ALLOWED, Source
 from featcache.reading.cache import Cache
-from featcache.storage import manifest
+from featcache.storage import manifest, picture_lists
 from featcache.views import pixel_path
 
 I64 = npt.NDArray[np.int64]
@@ -23,9 +24,10 @@ I64 = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class StoredPixels:
     """A cache that stores its views' pixels serves as a source: it has keys, and nothing is left to
-    decode."""
+    decode. `lists`: the rows of its first lists of pictures alone."""
 
     cache: Cache
+    lists: int | None = None
     labels: None = None
     classes: None = None
 
@@ -33,12 +35,22 @@ class StoredPixels:
     def spec(self) -> str:
         return str(self.cache.path)
 
-    @property
+    @cached_property
     def keys(self) -> Sequence[str]:
-        return self.cache.keys
+        keys: Sequence[str] = self.cache.keys
+        return keys if len(self) == len(keys) else keys[: len(self)]
+
+    @cached_property
+    def _rows(self) -> int:
+        known = picture_lists.lists(self.cache.identity)
+        if self.lists is None or self.lists >= len(known):
+            return len(self.cache)
+        of = picture_lists.shards(known[: self.lists], self.cache.identity["rows_per_shard"])
+        names = {shard["name"] for shard in of}
+        return sum(record["rows"] for record in self.cache.records if record["shard"] in names)
 
     def __len__(self) -> int:
-        return len(self.cache)
+        return self._rows
 
     def read(self, index: int) -> bytes:
         raise UserError(
@@ -60,7 +72,7 @@ def join_by_key(cache: Cache, source: Source, *, decodes: bool = True) -> tuple[
     IdentityError.
     """
     if isinstance(source, StoredPixels) and source.cache is cache:
-        every = np.arange(len(cache), dtype=np.int64)
+        every = np.arange(len(source), dtype=np.int64)
         return every, every, 0
     if decodes:
         pixel_path.check_pixel_path(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import UserError, counted
-from featcache.storage import checksums
+from featcache.storage import checksums, picture_lists
 from featcache.storage.store import Array, array_from_dict, hash_dtype
 from featcache.targets import codec_names
 
@@ -35,6 +35,7 @@ _DIMENSIONS = {
     "thumbnail": (*_ROW_VIEW, "y", "x", "rgb"),
     "pixels": (*_ROW_VIEW, "y", "x", "rgb"),
     "source_size": ("row", "height_width"),
+    "file_digest": ("row", "digest_byte"),
 }
 _DTYPES = {
     "feature_stats": ("<f4",),
@@ -49,6 +50,7 @@ _DTYPES = {
     "thumbnail": ("|u1",),
     "pixels": ("|u1",),
     "source_size": ("<i4",),
+    "file_digest": ("|u1",),
 }
 # a store's own arrays, by format
 _RESERVED = {
@@ -153,8 +155,10 @@ def _shard_problems(shards: list[dict[str, Any]], identity: Mapping[str, Any]) -
     for here, there in pairwise(shards):
         if here["name"] >= there["name"] or here["first"] + here["count"] != there["first"]:
             yield f"shard {there['name']} does not begin where {here['name']} ends"
-    if identity["pictures"]["count"] > sum(shard["count"] for shard in shards):
-        yield f"identity.pictures.count is {identity['pictures']['count']}, its shards have fewer"
+    if (count := picture_lists.count(identity)) > sum(shard["count"] for shard in shards):
+        yield f"identity.pictures.count is {count}, its shards have fewer"
+    if picture_lists.APPENDED in identity and not picture_lists.is_computed(shards, identity):
+        yield "identity.appended: its shards are not those of its lists of pictures"
 
 
 def _array_problems(arrays: list[Array], manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -224,6 +228,7 @@ def _sizes(identity: Mapping[str, Any]) -> dict[str, int]:
         "top_left_height_width": 4,
         "brightness_contrast_saturation_order": 4,
         "height_width": 2,
+        "digest_byte": 16,
         "rgb": 3,
         "pixels.y": px,
         "pixels.x": px,

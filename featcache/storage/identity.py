@@ -22,6 +22,7 @@ FIELD_OPTIONS = (
     ("identity.teacher.name", "--teacher"),
     ("identity.teacher.weight_hash", "--weights"),
     ("identity.pictures.", "--images"),
+    ("identity.appended", "--images"),
     ("identity.rows_per_shard", "--rows-per-shard"),
     *(
         (f"identity.{name}", f"--{name}")

@@ -7,38 +7,31 @@ holds a time, so the same work gives the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastcrc.crc32 import iscsi as crc32c
 
 from featcache.errors import UserError, command_line, counted, one_line, short
-from featcache.storage import json_file, schema
+from featcache.storage import json_file, picture_lists, schema
 from featcache.storage.cross_check import cross_problem
 from featcache.storage.json_file import digest
+from featcache.storage.keys_digest import keys_digest as keys_digest
 from featcache.storage.store import FORMAT, FORMATS, ShardForm
 
 NAME = "manifest.json"
 COPY = "manifest.copy.json"  # below shards/: what `repair` restores a damaged manifest from
+LISTED_SHARDS = 1024  # more are left out of the file where they follow from the identity
+MOST_SHARDS = 1 << 21  # that a file without a list may ask for
 
 
 def content_digest(manifest: Mapping[str, Any]) -> str:
     """Digest what the numbers of a shard depend on, wherever it lies: the identity but for
     pictures, store and shard size."""
-    apart = ("pictures", "store", "rows_per_shard")
+    apart = ("pictures", picture_lists.APPENDED, "store", "rows_per_shard")
     return digest({key: value for key, value in manifest["identity"].items() if key not in apart})
-
-
-def keys_digest(keys: Iterable[str]) -> str:
-    """Return the BLAKE2b-128 of the keys in order, each ended by a newline. Newlines within a key
-    become a byte that UTF-8 does not have, so that no two lists are hashed as the same bytes."""
-    hasher = hashlib.blake2b(digest_size=16)
-    for key in keys:
-        hasher.update(key.encode().replace(b"\n", b"\xff") + b"\n")
-    return hasher.hexdigest()
 
 
 def make(
@@ -92,17 +85,44 @@ def read_file(path: Path) -> dict[str, Any]:
     trusted afterwards."""
     manifest = json_file.read_json(path)
     check_format(json_file.cache_of(path), manifest)
-    parts = {"id", "identity", "provenance", "arrays", "shards", "files"}
+    parts = {"id", "identity", "provenance", "arrays", "files"}
     why = ""
     if not parts <= manifest.keys() or manifest["id"] != digest(manifest["identity"])[:16]:
         why = "its id is not that of its identity"
-    why = why or schema.schema_problem(schema.Manifest, manifest) or cross_problem(manifest)
+    why = why or schema.schema_problem(schema.Manifest, manifest) or _list_shards(manifest)
+    why = why or cross_problem(manifest)
     if why:
         raise UserError(
             f"{str(path)!r} is no manifest as extraction writes it: {why}; use the version of "
             "featcache that wrote it, or extract again into another folder"
         )
     return manifest
+
+
+def _list_shards(manifest: dict[str, Any]) -> str:
+    """Add the shards that a file leaves out; say why where that cannot be."""
+    if "shards" in manifest:
+        return ""
+    identity = manifest["identity"]
+    lists, rows = picture_lists.lists(identity), identity["rows_per_shard"]
+    number = sum(-(-each["count"] // rows) for each in lists)
+    if not 1 <= number <= MOST_SHARDS:
+        return f"shards are missing, and {number} follow from its pictures; {MOST_SHARDS} may"
+    manifest["shards"] = picture_lists.shards(lists, rows)
+    return ""
+
+
+def write(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest, or its copy. A long list of shards is left out where it follows from the
+    identity, so that the file does not grow with the pictures."""
+    shards = manifest["shards"]
+    follows = len(shards) > LISTED_SHARDS and picture_lists.is_computed(
+        shards, manifest["identity"]
+    )
+    left_out = ("shards",) if follows else ()
+    json_file.write_json(
+        path, {key: value for key, value in manifest.items() if key not in left_out}
+    )
 
 
 def check_format(cache: Path, manifest: Mapping[str, Any]) -> None:
@@ -199,6 +219,6 @@ def title(manifest: Mapping[str, Any], rows: int | None = None, views: int | Non
     )
     return one_line(
         f"{identity['teacher']['name']}  levels {','.join(map(str, identity['levels']))}  "
-        f"{counted(identity['pictures']['count'] if rows is None else rows, 'picture')} x "
+        f"{counted(picture_lists.count(identity) if rows is None else rows, 'picture')} x "
         f"{counted(views or identity['views'], 'view')}  id {manifest['id']}{note}"
     )

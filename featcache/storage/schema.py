@@ -136,6 +136,8 @@ class Identity(_Object):
     views: Views
     pixel_path: Annotated[dict[Name, Scalar], Field(max_length=64)]
     pictures: Pictures
+    # the lists that came later
+    appended: Annotated[list[Pictures], Field(min_length=1, max_length=_ENTRIES)] = []
     rows_per_shard: Annotated[int, Field(ge=1, le=2**40)]
     store: Word
     parent: Digest = ""  # the id of the cache that it was derived from
@@ -167,6 +169,7 @@ class Provenance(_Object):
 
     weights: Text
     source: Text
+    appended: Annotated[list[Text], Field(max_length=_ENTRIES)] = []  # sources of the later lists
     versions: Annotated[dict[Text, Text], Field(max_length=64)] = {}
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 1
     compiled: bool = True
@@ -215,7 +218,7 @@ class Manifest(_Object):
     identity: Identity
     provenance: Provenance
     arrays: Annotated[dict[Name, ArrayFacts], Field(min_length=1, max_length=256)]
-    shards: Annotated[list[Shard], Field(min_length=1)]
+    shards: Annotated[list[Shard], Field(min_length=1)] = []  # absent where they are many
     files: Annotated[dict[SideName, ManifestFile], Field(max_length=64)]
     compression: Literal["blosc"] = "blosc"
 

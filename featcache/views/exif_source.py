@@ -54,6 +54,10 @@ class ExifSource:
         """Decode a picture, and turn it. Raises PictureError."""
         data = self.source.read(index)
         meter.count("picture_bytes", len(data))
+        return self.decode_bytes(data)
+
+    def decode_bytes(self, data: bytes) -> Image.Image:
+        """Decode the bytes of a picture, and turn it. Raises PictureError."""
         return decode(data, exif=True)
 
     def picture_size(self, index: int) -> tuple[int, int]:

@@ -42,6 +42,17 @@ def decode_picture(source: Source, index: int) -> Any:
     return decode(data)
 
 
+def read_picture(source: Source, index: int) -> tuple[Any, bytes]:
+    """Decode a picture as `decode_picture` does; return the bytes of its file as well, which are
+    read once where the source decodes bytes."""
+    of_bytes = getattr(source, "decode_bytes", None)
+    if of_bytes is None and hasattr(source, "picture"):
+        return source.picture(index), source.read(index)
+    data = source.read(index)
+    meter.count("picture_bytes", len(data))
+    return (of_bytes or decode)(data), data
+
+
 def picture_size(source: Source, index: int) -> tuple[int, int]:
     """Return height and width of a picture as it will be decoded, from its header. Raises
     PictureError where it has none."""

@@ -74,6 +74,7 @@ def train(
     device: str | None = None,
     decoder: Literal["pillow", "ffcv"] | None = None,
     exif: bool = False,
+    match: Literal["key", "content"] = "key",
     workers: int = 2,
     save_every: int | None = None,
     keep_checkpoints: str | int = "2",

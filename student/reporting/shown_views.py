@@ -26,7 +26,7 @@ from featcache.pictures.source import PictureError, Source
 from featcache.reading import join, pixel_check
 from featcache.reading.cache import Cache
 from featcache.reading.feature_reader import FeatureReader
-from featcache.storage import manifest
+from featcache.storage import manifest, picture_lists
 from featcache.views import pixel_path
 from featcache.views.draw import DrawnViews, draw_views
 from featcache.views.policy import Policy, policy_from_dict
@@ -180,7 +180,7 @@ def find_cache(ids: Sequence[str]) -> Path | None:
     """Find the cache below $FEATCACHE_HOME that one of the runs was trained on, by its id."""
     for path in home.caches() if any(ids) else ():
         try:
-            if manifest.read(path)["id"] in ids:
+            if set(picture_lists.ids(manifest.read(path)["identity"])) & set(ids):
                 return path
         except (UserError, OSError) as error:
             home.note_passed_over(path, one_line(str(error)))

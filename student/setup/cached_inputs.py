@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from featcache.errors import UsageError
+from featcache.errors import UsageError, UserError
 from featcache.pictures.source import Source
 from featcache.reading import join
+from featcache.reading.cache import Cache
+from featcache.storage import picture_lists
+from student import checkpoint
 from student.setup import notes
 from student.setup.cache_match import MatchedCache
+from student.setup.content_match import matched
 from student.setup.options import Options, RunRequest
 from student.setup.source_choice import check_exif, decoded_source
 from student.setup.training_inputs import (
@@ -27,7 +31,8 @@ def cached_inputs(request: RunRequest, found: MatchedCache, given: Source | None
     options, cache = request.options, found.cache
     stored = join.stores_pixels(cache) and not options.decode
     _check_options(options, stored)
-    source = _source(options, found, given, stored)
+    lists = lists_of_run(options, cache)
+    source = matched(request, cache, _source(options, found, given, stored, lists))
     pictures, rows, skipped = join.join_by_key(cache, source, decodes=not stored)
     notes.say_skipped(request.say, skipped)
     notes.say_left_out(request.say, cache, rows)
@@ -43,7 +48,7 @@ def cached_inputs(request: RunRequest, found: MatchedCache, given: Source | None
         stored_pixels=stored,
         schedule=selection.schedule,
     )
-    record = cache_record(found, options, selection, stored)
+    record = cache_record(found, options, selection, stored, lists)
     return TrainingInputs(found.config, source, targets, selection.pictures, record)
 
 
@@ -59,12 +64,30 @@ def _check_options(options: Options, stored: bool) -> None:
         )
 
 
-def _source(options: Options, found: MatchedCache, given: Source | None, stored: bool) -> Source:
-    """Return the pictures; where pixels are stored nothing of a given source is decoded."""
+def lists_of_run(options: Options, cache: Cache) -> int:
+    """Return how many of a cache's lists of pictures a run has seen: all, but where it is resumed
+    and others were appended since. The run goes on as it was begun."""
+    total = len(picture_lists.lists(cache.identity))
+    if not options.resume or options.out is None or total == 1:
+        return total
+    try:
+        targets = checkpoint.read_config(options.out).get("targets")
+    except UserError:  # there is no run yet, or the check of the run folder will say what is wrong
+        return total
+    identity = targets.get("identity") if isinstance(targets, dict) else None
+    earlier = picture_lists.lists_at(cache.identity, identity) if identity else None
+    return earlier or total
+
+
+def _source(
+    options: Options, found: MatchedCache, given: Source | None, stored: bool, lists: int
+) -> Source:
+    """Return the pictures, of a cache's first lists where none are given; where pixels are stored
+    nothing of a given source is decoded."""
     check_exif(options, found)
     if not stored:
-        return decoded_source(given, found, options)
-    return join.StoredPixels(found.cache) if given is None else given
+        return decoded_source(given, found, options, lists)
+    return join.StoredPixels(found.cache, lists) if given is None else given
 
 
 def _say_pixels(request: RunRequest, found: MatchedCache, source: Source, stored: bool) -> None:
@@ -80,10 +103,16 @@ def _say_pixels(request: RunRequest, found: MatchedCache, source: Source, stored
 
 
 def cache_record(
-    found: MatchedCache, options: Options, selection: ViewSelection, stored: bool
+    found: MatchedCache,
+    options: Options,
+    selection: ViewSelection,
+    stored: bool,
+    lists: int | None = None,
 ) -> dict[str, Any]:
-    """Return the identity of a cache and how it is used, for config.json."""
+    """Return the identity of a cache, as it was with its first lists of pictures (all by default),
+    and how it is used, for config.json."""
     cache = found.cache
+    lists = lists or len(picture_lists.lists(cache.identity))
     # How the cache is read has no effect on any number, so that a resumed run may change it.
     reading = {
         **asdict(options.reading),
@@ -92,8 +121,8 @@ def cache_record(
     }
     return {
         "kind": "cached",
-        "id": cache.manifest["id"],
-        "identity": cache.identity,
+        "id": picture_lists.ids(cache.identity)[-lists],
+        "identity": picture_lists.before(cache.identity, lists),
         "views": cache.views,
         **selection.record,
         "pixel_tolerance": options.pixel_tolerance,

@@ -68,6 +68,7 @@ class Options:
     size: int | None = None  # pixels of a view
     init: Path | None = None  # a run or its encoder, whose weights are the first
     exif: bool = False
+    match: str = "key"  # how pictures find their rows
     other_weights: Sequence[str] = ()  # NAME=..., of networks beside the teacher
     probe: str | None = None
     probe_every: int | None = None  # epochs

@@ -9,7 +9,7 @@ from featcache.catalog import extract_command, home
 from featcache.errors import UserError, command_line
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
-from featcache.storage import manifest
+from featcache.storage import manifest, picture_lists
 from featcache.views import pixel_path
 from featcache.views.policy import Policy
 from student.config import RecipeConfig
@@ -43,7 +43,7 @@ def _of_parent(spec: TargetSpec, config: RecipeConfig, cache: Cache) -> str:
     """Say what to do where a derived cache does not serve: nothing is added to it, but the one that
     it was derived from may serve, or be added to."""
     wanted = cache.identity["parent"]
-    path = next((each for each in home.caches() if _id(each) == wanted), None)
+    path = next((each for each in home.caches() if wanted in _ids(each)), None)
     if path is None:
         recorded = extract_command.parent_path(cache.manifest)
         place = f" ({recorded!r})" if recorded else ""
@@ -64,12 +64,12 @@ def _of_parent(spec: TargetSpec, config: RecipeConfig, cache: Cache) -> str:
         return f"the cache that it was derived from cannot be read: {error}"
 
 
-def _id(path: Path) -> str:
-    """Return a cache's id; empty where it cannot be read."""
+def _ids(path: Path) -> list[str]:
+    """Return the ids that a cache has and had; none where it cannot be read."""
     try:
-        return str(manifest.read(path)["id"])
+        return picture_lists.ids(manifest.read(path)["identity"])
     except (UserError, OSError):
-        return ""
+        return []
 
 
 def _new_cache(spec: TargetSpec, config: RecipeConfig, source: Source | None) -> list[str]:

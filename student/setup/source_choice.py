@@ -19,9 +19,12 @@ def given_source(options: Options) -> Source | None:
     return pixel_path.open_with_decoder(options.images, decoder, exif=options.exif)
 
 
-def decoded_source(given: Source | None, found: MatchedCache | None, options: Options) -> Source:
-    """Return the pictures through the decoder that was asked for, else through the cache's."""
-    source = _source_of(found, options.decoder) if given is None else given
+def decoded_source(
+    given: Source | None, found: MatchedCache | None, options: Options, lists: int | None = None
+) -> Source:
+    """Return the pictures through the decoder that was asked for, else through the cache's; without
+    given ones those of its first lists, or of all."""
+    source = _source_of(found, options.decoder, lists) if given is None else given
     if found is None:
         return source
     path = found.cache.identity["pixel_path"]
@@ -40,11 +43,11 @@ def check_exif(options: Options, found: MatchedCache) -> None:
         )
 
 
-def _source_of(found: MatchedCache | None, decoder: str | None) -> Source:
+def _source_of(found: MatchedCache | None, decoder: str | None, lists: int | None) -> Source:
     """Open the pictures a cache was made from."""
     if found is None:
         raise UsageError(
             f"no pictures given: --images SRC is {ALLOWED}; FEATCACHE_IMAGES sets a default"
         )
-    spec = extract_command.recorded_pictures(found.cache.manifest)
+    spec = extract_command.recorded_pictures(found.cache.manifest, lists)
     return pixel_path.open_with_decoder(spec, decoder or "pillow")

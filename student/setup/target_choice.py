@@ -7,7 +7,7 @@ from featcache.errors import UsageError
 from featcache.models.tokenizer import FIELD
 from featcache.pictures.source import Source
 from student.recipes import TargetSpec
-from student.setup import cache_match, notes
+from student.setup import cache_match, content_match, notes
 from student.setup.cache_match import MatchedCache
 from student.setup.cache_search import find_cache
 from student.setup.cached_inputs import cached_inputs
@@ -29,8 +29,10 @@ def choose_targets(request: RunRequest) -> TrainingInputs:
     if found is not None:
         cache_match.verify_small(found.cache)
     if options.teacher == "online" or found is None:
+        content_match.check(options, "here the teacher computes the targets")
         return online_inputs(request, found, decoded_source(source, found, options))
     if found.cache.absent:
+        content_match.check(options, "--fallback goes by the order of the extraction's own list")
         return fallback_inputs(request, found, decoded_source(source, found, options))
     if options.fallback:
         request.say("note: no shard of the cache is absent, --fallback has nothing to do")

@@ -17,10 +17,9 @@ from featcache.console.params import (
     FloatPair,
     LocalPath,
     LocalText,
-    PicturesText,
 )
 from featcache.console.picture_options import picture_options
-from student.setup import run_parameters
+from student.setup import content_match, report_parameters, run_parameters
 
 
 def parameters() -> list[click.Parameter]:
@@ -34,7 +33,7 @@ def parameters() -> list[click.Parameter]:
         *_views(),
         *_reading(),
         *_running(),
-        *_told(),
+        *report_parameters.parameters(),
     ]
 
 
@@ -235,6 +234,15 @@ def _settings() -> list[click.Parameter]:
             help="Without a cache: turn pictures as their EXIF orientation says. With one, what "
             "the cache was extracted with is done.",
         ),
+        Option(
+            ["--match"],
+            group=HelpGroup.SHOWN,
+            type=Choice(content_match.KINDS),
+            default="key",
+            show_default=True,
+            help="How pictures find their rows: by key (their names), or by content, the bytes of "
+            "their files, where they were renamed or moved: reads each file once before training.",
+        ),
         run_parameters.WORKERS,
     ]
 
@@ -353,45 +361,4 @@ def _running() -> list[click.Parameter]:
         run_parameters.CHECKPOINT_ACTIVATIONS,
         run_parameters.DETERMINISTIC,
         run_parameters.SKIP_NONFINITE,
-    ]
-
-
-def _told() -> list[click.Parameter]:
-    """Return the options of what is measured and told."""
-    return [
-        Option(
-            ["--tracker", "trackers"],
-            group=HelpGroup.REPORT,
-            type=Choice(["json", "tensorboard", "wandb"]),
-            multiple=True,
-            default=("json",),
-            show_default=True,
-            help="Where metrics are shown as well; RUN/metrics.jsonl (json) is always written. May "
-            "be given twice.",
-        ),
-        Option(
-            ["--probe"],
-            group=HelpGroup.REPORT,
-            type=PicturesText(),
-            help="Labelled pictures: their k-NN, linear probe, RankMe and cosine with the teacher "
-            "are measured as the run goes on; the run's own numbers stay the same.",
-        ),
-        Option(
-            ["--probe-every"],
-            group=HelpGroup.REPORT,
-            type=COUNT,
-            help="Epochs between probes. [default: 3 % of the time]",
-        ),
-        Option(
-            ["--dry-run"],
-            group=HelpGroup.REPORT,
-            is_flag=True,
-            help="Say what would be trained, with memory, time and disk; write nothing.",
-        ),
-        Option(
-            ["--json", "as_json"],
-            group=HelpGroup.REPORT,
-            is_flag=True,
-            help="Print the summary as JSON.",
-        ),
     ]

@@ -22,7 +22,7 @@ from featcache.errors import IdentityError, UsageError, UserError, command_line,
 from featcache.pictures.source import Source
 from featcache.reading.cache import Cache
 from featcache.reading.tensors import copy_to_device
-from featcache.storage import manifest
+from featcache.storage import picture_lists
 from featcache.views import pixel_path
 from student.recipes import TargetSpec
 from student.targets import buffers
@@ -173,7 +173,7 @@ def join(cache: Cache, source: Source, limit: float) -> tuple[I64, I64, int]:
 
 
 def _check_same_list(cache: Cache, source: Source) -> None:
-    if manifest.keys_digest(source.keys) != cache.identity["pictures"]["keys_digest"]:
+    if not picture_lists.match(picture_lists.lists(cache.identity), source.keys):
         raise IdentityError(
             f"--fallback online: the {counted(len(source), 'picture')} of "
             f"{source.spec!r} are not the list "
