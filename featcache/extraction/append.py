@@ -36,7 +36,7 @@ def plan_append(plan: Plan, out: Path) -> ExtractJob:
     """
     there = manifest.read(out)
     _check_kind(out, there)
-    plan = in_form(there, replace(plan, rows_per_shard=there["identity"]["rows_per_shard"]))
+    plan = in_form(there, plan)
     if not plan.cache_lists and not _is_whole(plan, there):
         plan = _with_new_list(plan, there)
         _check_new(plan.source.keys, out, plan.source.spec)

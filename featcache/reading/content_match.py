@@ -36,9 +36,9 @@ def rename(
     """Return the pictures of a source under the keys that the cache has of their content, in the
     order of its rows. Every file is read, once.
 
-    A picture that cannot be decoded keeps its key: the cache may have it in quarantine. Raises
-    UserError where the cache keeps no digests, IdentityError where it does not know a picture's
-    content, or has it less often than the source.
+    Pictures that cannot be decoded are left out, as many as the cache has in quarantine: those have
+    no row. Raises UserError where the cache keeps no digests, IdentityError where it does not know
+    a picture's content, or has it less often than the source.
     """
     if FIELD not in cache.fields:
         raise UserError(
@@ -47,14 +47,11 @@ def rename(
         )
     rows = _rows(cache, source, list(_digests(source, workers, progress)))
     known = rows >= 0
-    strange = np.flatnonzero(~known)
-    _check_unusable(cache, source, strange.tolist())
-    order = np.concatenate([np.flatnonzero(known)[np.argsort(rows[known])], strange])
-    names = [
-        cache.keys[row] if row >= 0 else source.keys[at]
-        for at, row in zip(order.tolist(), rows[order].tolist(), strict=True)
-    ]
-    return RenamedSource(source, names, order)
+    strange = np.flatnonzero(~known).tolist()
+    _check_unusable(cache, source, strange)
+    order = np.flatnonzero(known)[np.argsort(rows[known])]
+    names = [cache.keys[row] for row in rows[order].tolist()]
+    return RenamedSource(source, names, order, tuple(source.keys[at] for at in strange))
 
 
 def _digests(source: Source, workers: int, progress: Progress) -> Iterator[bytes]:
@@ -120,6 +117,12 @@ def _check_unusable(cache: Cache, source: Source, strange: list[int]) -> None:
         except PictureError:
             continue
         changed.append(source.keys[at])
+    if not changed and len(strange) > len(cache.quarantined):
+        raise IdentityError(
+            f"{len(strange)} of {counted(len(source), 'picture')} of {source.spec!r} cannot be "
+            f"decoded, the first is {source.keys[strange[0]]!r}, and cache {str(cache.path)!r} has "
+            f"{len(cache.quarantined)} in quarantine; fix them, or take them out"
+        )
     if changed:
         raise IdentityError(
             f"{len(changed)} of {counted(len(source), 'picture')} of {source.spec!r} have a "

@@ -25,6 +25,7 @@ class RenamedSource:
     source: Source
     keys: Sequence[str] = field(repr=False)
     order: I64 = field(repr=False)
+    left_out: tuple[str, ...] = ()  # pictures of the source that are not among these, by its keys
 
     @property
     def spec(self) -> str:

@@ -43,4 +43,10 @@ def matched(request: RunRequest, cache: Cache, source: Source) -> Source:
         f"note: {renamed} of {counted(len(source), 'picture')} of {source.spec} have other names "
         "than in the cache, and were found by their content"
     )
+    if found.left_out:
+        some = counted(len(found.left_out), "picture")
+        request.say(
+            f"note: {some} cannot be decoded, no more than are in the cache's quarantine: left "
+            f"out, the first is {found.left_out[0]!r}"
+        )
     return found
