@@ -11,10 +11,12 @@ import functools
 import importlib
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,6 +311,35 @@ def _run_command(args: list[str], log: str, environment: dict[str, str], before:
     from featcache.cli import main
 
     main()
+
+
+def run_module(
+    name: str, *args: object, cwd: Path | None = None, timeout_s: float = 500.0
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m NAME ARGS` in a process of its own, forked from the one that has imported
+    everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder) / each) for each in ("out", "err")]
+        given = (name, [*map(str, args)], paths, str(cwd or Path.cwd()))
+        process = _SERVER.Process(target=_run_module, args=given)
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        out, err = (Path(path).read_text(errors="replace") for path in paths)
+        return subprocess.CompletedProcess([name, *given[1]], process.exitcode or 0, out, err)
+
+
+def _run_module(name: str, args: list[str], paths: list[str], cwd: str) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    for stream, path in enumerate(paths, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
+    torch.set_num_threads(1)
+    os.chdir(cwd)
+    sys.path.insert(0, cwd)
+    sys.argv = [name, *args]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture

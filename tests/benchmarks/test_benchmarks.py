@@ -48,6 +48,7 @@ from featcache.pictures.open_source import open_source
 from featcache.teachers import load, load_tokenizer
 from pipelines import digits, tokenizer
 from student import checkpoint, recipes
+from tests.conftest import run_module
 
 TASK = Task(16, (2, 5, 16), 2, 4, 4)
 ORDER = np.random.default_rng(0).permutation(16)
@@ -56,11 +57,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def program(name: str, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=500
-    )
+    return run_module(f"benchmarks.{name}", *args, cwd=ROOT)
 
 
 # ------------------------------------------------------------ the programs
