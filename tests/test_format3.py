@@ -103,6 +103,23 @@ def assert_made_again(made: dict[str, bytes], old: dict[str, bytes]) -> None:
     assert "feature_stats" in other or not other
 
 
+def without_digests(rows: dict[str, bytes], items: int) -> dict[str, bytes]:
+    """The rows as they were before digests of files were kept: their column of `side_crc` follows
+    those of area, attention, crop and the levels of feature_stats, by name."""
+    sums = np.frombuffer(rows["side_crc/c.0.0.0"], "<u4").reshape(items, -1)
+    names = {name.split("/")[0] for name in rows} - {
+        "features",
+        "row_crc",
+        "prefix_crc",
+        "side_crc",
+    }
+    names -= {"key", "key_bytes", "key_offsets", "level", "view"}
+    levels = sums.shape[1] - len(names) + 1  # columns of feature_stats, one of each other array
+    left = np.delete(sums, 3 + levels, axis=1).tobytes()
+    kept = {name: data for name, data in rows.items() if not name.startswith("file_digest/")}
+    return {**kept, "side_crc/c.0.0.0": left}
+
+
 def members(data: bytes) -> dict[str, bytes]:
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         files = {each.name: archive.extractfile(each) for each in archive.getmembers()}
@@ -189,7 +206,7 @@ def test_format_4_has_the_same_rows(old: Path, tmp_path: Path, kind: str) -> Non
         rows = rows_of(tmp_path / "again/shards" / shard.name)
         here = rows_of(shard)
         here["key_bytes/c.0"] = here.pop("key/c.0")
-        assert_made_again(rows, here)
+        assert_made_again(without_digests(rows, len(here["flip/c.0.0"])), here)
 
 
 def test_a_file_of_format_4_begins_with_one_of_format_3(old: Path, tmp_path: Path) -> None:

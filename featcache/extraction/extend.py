@@ -109,7 +109,6 @@ def _part(wanted: Plan, cache: Cache) -> Plan | None:
 
 
 def _job(part: Plan, out: Path) -> ExtractJob:
-    part = replace(part, file_digests=False)
     return ExtractJob(
         part,
         out

@@ -110,8 +110,8 @@ def test_the_announced_bytes_are_the_written_ones(pictures: Path) -> None:
     per_view = made.view_bytes * 3 * 11
     index = 16 * 3 * 11 * (2 + 1)  # of two levels of features, and of statistics
     labels = 3 * (2 * 4 + 8 * (2 + 3)) + 3 * 8 + 11 * 12  # levels, views, keys as strings
-    assert index < data - per_view < index + labels + 11 * 40 + 3 * 20 * 4
-    checksums = 4 * (2 + 2 + 9)  # of two levels of features, two of statistics, nine arrays whole
+    assert index < data - per_view < index + labels + 11 * (40 + 16) + 3 * 20 * 4
+    checksums = 4 * (2 + 2 + 10)  # of two levels of features, two of statistics, ten arrays whole
     assert (
         made.view_bytes
         == 2 * 5 * 8 * 2 + 2 * 5 * 2 * 4 + 4 * 4 + 4 + 16 + 1 + 4 + 16 + 8 + 588 + checksums
