@@ -41,7 +41,8 @@ def ray_module() -> Any:
         os.environ.setdefault(name, value)
     with _own_hooks():
         import ray
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    for name in ("ray", "ray.util.client", "ray.util.client_builder"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return ray
 
 

@@ -36,7 +36,7 @@ from featcache.storage.files import files_of
 from featcache.storage.store import record_path
 
 POLL_S = 1.0  # between looks at how far actors are
-NOTE_S = 5.0  # until it is said that there is no room for actors
+NOTE_S = 15.0  # until it is said that actors are waited for
 PROBE_S = 120.0  # for all nodes to import what an actor needs
 STOP_S = 20.0  # for actors to leave the shard in hand: a batch, at most
 END_S = 10.0  # for actors to end

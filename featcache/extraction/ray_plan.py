@@ -132,9 +132,9 @@ def lacking_note(size: ActorSize, placed: int, least: int, nodes: int, held: int
     """Say what is waited for before the work begins.
 
     >>> lacking_note(ActorSize(2, 0.0, "cpu"), 1, 3, nodes=1, held=1)
-    'note: waiting for room for 2 more actors of 2 CPUs each: 1 node holds 1 at most'
+    'note: waiting for 2 more actors of 2 CPUs each: 1 node holds 1 at most'
     """
     return (
-        f"note: waiting for room for {counted(least - placed, 'more actor')} of {size} each: "
+        f"note: waiting for {counted(least - placed, 'more actor')} of {size} each: "
         f"{counted(nodes, 'node holds', 'nodes hold')} {held} at most"
     )

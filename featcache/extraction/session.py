@@ -25,7 +25,6 @@ from featcache.extraction.plan import ExtractJob
 from featcache.extraction.progress import ExtractProgress
 from featcache.extraction.shard_queue import free_shards
 from featcache.extraction.target_folder import check_disk_space, in_form_of
-from featcache.storage import manifest
 from featcache.storage.part import cache_root
 
 # it was extracted; it is there already; another writer holds its lease
