@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from featcache.api import progress as api_progress
 from featcache.api.begun_cache import with_shards
+from featcache.api.planned_jobs import plan_again, plan_jobs
 from featcache.api.progress import Progress, ProgressCallback
-from featcache.catalog import home
 from featcache.catalog.account import account
 from featcache.console import (
     append_options,
@@ -22,13 +22,16 @@ from featcache.console import (
     for_recipes,
     keywords,
 )
+from featcache.console.engine_options import LOCAL, check_engine, engine_options
 from featcache.console.extract_options import ExtractOptions, Inputs, build_plans, check_names
+from featcache.console.params import require_images
 from featcache.console.progress_bar import WaitingNote
-from featcache.errors import StoppedError, UsageError
+from featcache.errors import StoppedError
 from featcache.pictures.open_source import open_source
 from featcache.runtime import variables
 from featcache.storage import manifest, picture_lists
-from featcache.storage.files import address, files_of
+from featcache.storage.files import address as address_of
+from featcache.storage.files import files_of
 
 if TYPE_CHECKING:
     from featcache.extraction.plan import ExtractJob, Plan
@@ -89,6 +92,10 @@ def extract(
     device: str | None = None,
     devices: str | None = None,
     shard: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    actors: str | int | None = None,
+    gpus_per_actor: float | None = None,
     add: bool = False,
     append: bool = False,
     strict: bool = False,
@@ -130,7 +137,7 @@ def extract(
     )
     cache = None if facts["cache"] is None else Path(facts["cache"])
     if cache is not None and files_of(cache.absolute()).may_be_far:
-        facts["cache"] = address(cache)
+        facts["cache"] = address_of(cache)
     return ExtractResult(cache, facts["complete"], facts.get("new_pictures", 0), facts)
 
 
@@ -166,6 +173,7 @@ def carry_out(
     """
     from featcache.models.precision import keep_freed_memory
 
+    check_engine(options)
     choice = for_recipes.choose(options, say)
     options = choice.options
     if options.append:
@@ -181,7 +189,7 @@ def carry_out(
     _note_random_weights(plans, say)
     if options.labelled is not None:
         _check_teachers(plans, options.labelled, inputs, options.batch_size, say)
-    jobs = _plan_jobs(plans, options)
+    jobs = plan_jobs(plans, options)
     if not jobs:
         facts = {"cache": str(options.out), "new_pictures": 0, "complete": True, **choice.record}
         return facts, f"{options.out}: has all of this already; nothing to add"
@@ -212,20 +220,6 @@ def _check_teachers(
         found.refuse()
 
 
-def _plan_jobs(plans: list[Plan], options: ExtractOptions) -> list[ExtractJob]:
-    """Return what is to be extracted and the folders it goes to; nothing where there is nothing to
-    add."""
-    from featcache.extraction import append, extend
-    from featcache.extraction.options import file_name
-
-    if options.append and options.out is not None:
-        return [append.plan_append(plans[0], options.out)]
-    if options.add and options.out is None:
-        raise UsageError("--add adds to a cache: name it with --out CACHE")
-    name = f"{file_name(plans[0].teacher.name)}-{plans[0].manifest()['id'][:8]}"
-    return extend.plan_jobs(plans, options.out or home.home() / name, add=options.add)
-
-
 @dataclass(frozen=True)
 class _Work:
     """Holds what is to be extracted, and how it is told."""
@@ -253,8 +247,11 @@ class _Work:
         }
         if options.dry_run:
             summary |= extract_report.remaining_facts(jobs, shards)
+            processes = len(self.devices)
+            if options.engine != LOCAL:  # whose pace a batch of this machine's says nothing of
+                summary["engine"], processes = options.engine, 0
             summary |= extract_report.cost_facts(
-                jobs, summary, options.batch_size, options.workers, len(self.devices)
+                jobs, summary, options.batch_size, options.workers, processes
             )
             return summary, extract_report.dry_run_text(summary, jobs[0].out)
         summary |= self._run(share, summary)
@@ -270,11 +267,13 @@ class _Work:
         facts |= {"batch_size": self._batch_size(), "workers": self.options.workers}
         facts["variables"] = variables.recorded()
         facts["options"] = config_file.given_options()
-        others: list[Counts] = []
         if self.options.append:
             append.begin(self.jobs[0])
             _, *before = picture_lists.ids(self.jobs[0].plan.manifest()["identity"])
             facts |= {"from_id": before[0]} if before else {}
+        if self.options.engine != LOCAL:
+            return self._run_engine(facts)
+        others: list[Counts] = []
         with account("extract", **facts) as line:
             try:
                 with launcher.worker_processes(self.devices[1:], self._words()) as others:
@@ -284,14 +283,55 @@ class _Work:
                 line["counted"] = 1 + len(others)
         return found
 
-    def _words(self) -> list[str]:
-        """Return the command line of a process for another device, which repeats no check: what
-        this process was started with may be another program's, or a file's."""
+    def _run_engine(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Extract by the processes of an engine, and note it in the ledger."""
+        from featcache.extraction.engine import EngineReport, EngineWork, get_engine
+
+        options, done = self.options, EngineReport()
+        facts |= {"engine": options.engine, "device": options.device or "of the cluster"}
+        with account("extract", **facts) as line, self.watch() as progress:
+            work = EngineWork(
+                jobs=self.jobs,
+                words=self._engine_words(),
+                plan_again=plan_again,
+                batch_size=facts["batch_size"],
+                workers=options.workers,
+                strict=options.strict,
+                progress=progress,
+                say=self.say,
+            )
+            try:
+                get_engine(options.engine).run(work, engine_options(options), done)
+            except KeyboardInterrupt:
+                raise StoppedError(extract_report.stopped_text(self.jobs)) from None
+            finally:
+                line["counted"] = line["processes"] = 1 + done.processes
+            found = extract_report.result(self.jobs, progress)
+            line.update(found)
+        return found
+
+    def _engine_words(self) -> list[str]:
+        """Return the options of a process on another machine: what this one was told by variables,
+        or chose by itself, is said."""
+        options, job = self.options, self.jobs[0]
+        chosen = {
+            "images_spec": require_images(options.images_spec),
+            "out": address_of(options.out or job.out),
+            "rows_per_shard": job.plan.rows_per_shard,
+        }
+        return self._words(**chosen)[1:]
+
+    def _words(self, **chosen: Any) -> list[str]:
+        """Return the command line of another process, for another device or of an engine, which
+        repeats no check: what this process was started with may be another program's, or a
+        file's."""
         values = {**vars(self.options), "recipes": None, "device": None, "devices": None}
+        values |= {"engine": LOCAL, "address": None, "actors": None, "gpus_per_actor": None}
         values |= dict.fromkeys(("labelled", "batch_size", "labels", "image_member"))
         out = self.options.out
         if out is not None and files_of(out.absolute()).may_be_far:  # a folder of this process
-            values["out"] = address(out)
+            values["out"] = address_of(out)
+        values |= chosen
         words = keywords.words(extract_parameters.parameters(), values)
         size = [f"--batch-size={self.options.batch_size}"] if self.keeps_batch else []
         return ["extract", *words, *size]

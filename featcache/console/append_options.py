@@ -24,6 +24,7 @@ _OWN = frozenset(
     ["images_spec", "labels", "image_member", "out", "append", "add", "recipes", "labelled"]
 ).union(
     ["policy_name", "batch_size", "workers", "device", "devices", "share", "strict", "dry_run"],
+    ["engine", "address", "actors", "gpus_per_actor"],
     ["as_json"],
 )
 

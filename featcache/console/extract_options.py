@@ -57,6 +57,10 @@ class ExtractOptions:
     device: str | None
     devices: str | None
     share: str | None
+    engine: str
+    address: str | None
+    actors: str | None  # MIN:MAX
+    gpus_per_actor: float | None
     add: bool
     append: bool
     strict: bool
@@ -113,6 +117,8 @@ def _devices(options: ExtractOptions) -> list[str]:
     from featcache.extraction import launcher
     from featcache.runtime.device import pick_device
 
+    if options.engine != "local":  # the actors run it, and here its facts alone are read
+        return ["cpu"]
     if options.device and options.devices:
         raise UsageError(
             f"--device {options.device} and --devices {options.devices}: one of them is allowed; "

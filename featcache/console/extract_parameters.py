@@ -10,13 +10,17 @@ from featcache.console.option import HelpGroup, Option
 from featcache.console.params import (
     BATCH,
     COUNT,
+    ENGINES,
     MASK_ORDERS,
+    MIN_GPU,
     PRECISIONS,
     THREADS,
     TOKEN_ORDERS,
     CachePath,
     Choice,
     CountOrAuto,
+    CountRange,
+    FiniteRange,
     FloatPair,
     LocalText,
     PicturesText,
@@ -277,7 +281,7 @@ def _running() -> list[click.Parameter]:
             group=HelpGroup.RUNNING,
             type=THREADS,
             default=os.cpu_count() or 1,
-            help="Decoding threads. [default: cores]",
+            help="Decoding threads of each process. [default: cores]",
         ),
         Option(
             ["--device"],
@@ -293,6 +297,35 @@ def _running() -> list[click.Parameter]:
             ["--shard", "share"],
             group=HelpGroup.SHARING,
             help="I/N: only shards I, I + N, ...; I counts from 0. For job arrays.",
+        ),
+        Option(
+            ["--engine"],
+            group=HelpGroup.SHARING,
+            type=Choice(ENGINES),
+            default="local",
+            show_default=True,
+            help="What makes the shards: local, this machine; ray, actors of a Ray cluster.",
+        ),
+        Option(
+            ["--address"],
+            group=HelpGroup.SHARING,
+            help="With --engine ray: the cluster, auto, HOST:PORT or ray://HOST:PORT. [default: "
+            "$RAY_ADDRESS, else one is started on this machine]",
+        ),
+        Option(
+            ["--actors"],
+            group=HelpGroup.SHARING,
+            type=CountRange(),
+            metavar="MIN:MAX",
+            help="With --engine ray: how many actors are waited for, and how many there may be. "
+            "[default: 1, and as many as there is room for]",
+        ),
+        Option(
+            ["--gpus-per-actor"],
+            group=HelpGroup.SHARING,
+            type=FiniteRange(MIN_GPU, 1),
+            help="With --engine ray: GPUs that each actor asks for. [default: 1 where the cluster "
+            "has GPUs]",
         ),
         Option(
             ["--add"],

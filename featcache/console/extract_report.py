@@ -106,7 +106,7 @@ def cost_facts(
     jobs: list[ExtractJob], facts: dict[str, Any], batch_size: int, workers: int, processes: int
 ) -> dict[str, Any]:
     """Return what a dry run measures: the disk's free bytes, and the hours by one batch, None where
-    no picture of it could be used."""
+    no picture of it could be used, or of no `processes`, which are on other machines."""
     from featcache.extraction.target_folder import free_bytes, needed_bytes
     from featcache.extraction.trial_batch import time_batch
 
@@ -114,7 +114,7 @@ def cost_facts(
         return {}
     free = free_bytes(jobs[0].out)
     found = {"free_bytes": free, "fits": needed_bytes(facts["new_bytes"]) <= free}
-    timed = time_batch([job.plan for job in jobs], batch_size, workers)
+    timed = time_batch([job.plan for job in jobs], batch_size, workers) if processes else None
     views = facts["new_pictures"] * jobs[0].plan.views
     hours = None if timed is None else timed.seconds(views) / 3600 / processes
     return {**found, "new_views": views, "hours": hours}
@@ -127,6 +127,8 @@ def _cost_text(facts: dict[str, Any]) -> str:
     fits = "fits into" if facts["fits"] else "DOES NOT FIT into"
     space = f"{fits} the {text.format_bytes(facts['free_bytes'])} that are free"
     pace = "no picture of the first batch can be used"
+    if "engine" in facts:
+        pace = "the pace of its actors is not known before they work"
     if facts["hours"] is not None:
         pace = f"about {facts['hours']:.3g} hours by the pace of one batch"
     return (

@@ -18,6 +18,7 @@ from featcache.pictures.patterns import expand_braces
 from featcache.pictures.source import ALLOWED
 from featcache.pictures.spec import SEPARATOR, parse_spec, split_sources
 from featcache.runtime.local_path import local_path
+from featcache.runtime.numbers import MOST_COUNTED, parse_range
 from featcache.storage.mount import mount
 
 
@@ -78,6 +79,24 @@ class CountOrAuto(click.ParamType):
             self.fail(f"{short(value)} given; auto, or 1 to {COUNT.max} is allowed", param, ctx)
 
 
+class CountRange(click.ParamType):
+    """One option takes a number of at least 1, or the least and the most: 4, 2:8 or 2:."""
+
+    name = "MIN:MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            parse_range(str(value))
+        except ValueError:
+            self.fail(
+                f"{short(value)} given; N, or MIN:MAX is needed, from 1 to {MOST_COUNTED} and MIN "
+                "no more than MAX, such as 2:8; 2: has no MAX",
+                param,
+                ctx,
+            )
+        return str(value)
+
+
 class ByteSize(click.ParamType):
     """One option takes a number of bytes, with a unit: 200GB, 1.5TiB, 500 MB."""
 
@@ -106,12 +125,14 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?((?:[KMGTP]i?)?B|)", re.IGN
 MASK_ORDERS = ("attentive", "topk", "uniform")
 TOKEN_ORDERS = ("raster", "ranked")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of a teacher
+ENGINES = ("local", "ray")  # of an extraction; each but the first is a file of extraction/
 
 SEED = click.IntRange(0, 2**63 - 1)  # what a view policy allows, and torch's generator takes
 # more is a mistake, of which memory, or the disk, would tell late
 COUNT = click.IntRange(1, 10**9)
 BATCH = click.IntRange(1, 65536)
 THREADS = click.IntRange(1, 4096)
+MIN_GPU = 0.01  # of a GPU that several processes share
 CROP_SHARE = FiniteRange(0.05, 1)  # below it pictures would be enlarged to gigabytes
 
 

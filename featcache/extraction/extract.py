@@ -90,16 +90,16 @@ def run_jobs(
     jobs = [ExtractJob(in_form_of(job.out, job.plan), job.out) for job in jobs]
     if len(jobs) > 1:
         check_disk_space(jobs)
-    begun = _begin_all(jobs, options)
+    begun = begin_all(jobs, options)
     jobs, wanted = [job for job, _ in begun], [about for _, about in begun]
-    with _undone_on_failure(jobs, wanted[0]):
+    with undone_on_failure(jobs, wanted[0]):
         _extract_missing(jobs, jobs[0].plan.shards[share[0] :: share[1]], options)
     for job, each in zip(jobs, wanted, strict=True):
         report_quarantine(job.out, each)
     return wanted
 
 
-def _begin_all(
+def begin_all(
     jobs: Sequence[ExtractJob], options: RunOptions
 ) -> list[tuple[ExtractJob, dict[str, Any]]]:
     try:
@@ -144,12 +144,12 @@ def extract_shard(
 ) -> None:
     """Extract one shard of the cache that has the manifest `wanted`. The caller holds the shard's
     lease, and has compared the plan with the manifest."""
-    with _undone_on_failure([job], wanted), ThreadPools(options.workers) as pools:
-        _write_shard([job], shard, options, pools)
+    with undone_on_failure([job], wanted), ThreadPools(options.workers) as pools:
+        write_shard([job], shard, options, pools)
 
 
 @contextlib.contextmanager
-def _undone_on_failure(jobs: Sequence[ExtractJob], wanted: dict[str, Any]) -> Iterator[None]:
+def undone_on_failure(jobs: Sequence[ExtractJob], wanted: dict[str, Any]) -> Iterator[None]:
     """Remove what is unfinished when the work fails or is stopped; a full disk and a cache that is
     gone are a UserError."""
     out = jobs[0].out
@@ -173,7 +173,7 @@ def _extract_missing(
     for job in jobs:
         commit.recover(job.out, job.store, by_name)
     recount = _count_pictures(jobs, shards, options.progress)
-    _check_pictures(jobs, shards)
+    check_pictures(jobs, shards)
     queue = free_shards(jobs, list(by_name), options.progress.waiting, recount=recount)
     with (
         stored_views([job.out for job in jobs], cache_root(jobs[0].out)) as stored,
@@ -181,7 +181,7 @@ def _extract_missing(
         contextlib.closing(queue) as free,
     ):
         for name, lacking in free:
-            _write_shard(lacking, by_name[name], options, pools, stored)
+            write_shard(lacking, by_name[name], options, pools, stored)
 
 
 def _count_pictures(
@@ -189,7 +189,7 @@ def _count_pictures(
 ) -> Callable[[str, int], None]:
     """Set the total to the pictures of the shards that are missing; returns what corrects it."""
     missing = {
-        shard["name"]: shard["count"] for shard in shards if any(_lacks(job, shard) for job in jobs)
+        shard["name"]: shard["count"] for shard in shards if any(lacks(job, shard) for job in jobs)
     }
     progress.total = progress.total or sum(missing.values())
     progress.there = sum(shard["count"] for shard in shards) - progress.total
@@ -201,15 +201,15 @@ def _count_pictures(
     return recount
 
 
-def _check_pictures(jobs: Sequence[ExtractJob], shards: Sequence[Shard]) -> None:
+def check_pictures(jobs: Sequence[ExtractJob], shards: Sequence[Shard]) -> None:
     """Raise IdentityError where rows are to be added to those of other pictures."""
-    count = sum(shard["count"] for shard in shards if any(_lacks(job, shard) for job in jobs))
+    count = sum(shard["count"] for shard in shards if any(lacks(job, shard) for job in jobs))
     if count:
         plan = jobs[0].plan
         check_same_pictures(plan.source, cache_root(jobs[0].out), count, first=plan.first_picture)
 
 
-def _lacks(job: ExtractJob, shard: Shard) -> bool:
+def lacks(job: ExtractJob, shard: Shard) -> bool:
     return lacks_record(job, shard["name"], leased=False)
 
 
@@ -267,7 +267,7 @@ class ShardWriterTask:
             self.writer.append(keys, items)
 
 
-def _write_shard(
+def write_shard(
     jobs: Sequence[ExtractJob],
     shard: Shard,
     options: RunOptions,
