@@ -28,7 +28,9 @@ _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 def key_digests(keys: Iterable[str]) -> U64:
     """Return two words (n, 2) a key: BLAKE2b-128 of its UTF-8 bytes, little-endian."""
-    blob = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
+    blob = bytearray()  # which grows by 16 bytes a key, where a list of digests takes 57
+    for key in keys:
+        blob += hashlib.blake2b(key.encode(), digest_size=16).digest()
     return np.frombuffer(blob, "<u8").reshape(-1, 2).astype(np.uint64)
 
 

@@ -15,6 +15,7 @@ from featcache.objects.url import is_object_url
 from featcache.objects.url import parse as parse_url
 from featcache.pictures.spec import SEPARATOR
 from featcache.storage import manifest, picture_lists
+from featcache.storage.index import open_index
 from featcache.storage.part import added_parts, describe_part
 from featcache.storage.store import record_path
 from featcache.views import pixel_path
@@ -122,6 +123,8 @@ def unfinished(cache: Path) -> Iterator[Unfinished]:
     is complete."""
     for part in (cache, *added_parts(cache)):
         part_manifest = manifest.read(part)
+        if open_index(part, part_manifest) is not None:  # of a part that is complete
+            continue
         left = [
             shard["count"]
             for shard in part_manifest["shards"]

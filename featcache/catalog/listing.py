@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from featcache.errors import UserError
 from featcache.storage import manifest, picture_lists
+from featcache.storage.index import open_index
 from featcache.storage.part import added_parts
 from featcache.storage.record import read_record
+from featcache.storage.shard_records import stored_bytes
 from featcache.storage.store import record_path
 
 
 def describe(path: Path, last_uses: Mapping[str, str]) -> dict[str, Any]:
     """Return the facts of one cache as plain data; a damaged one is {path, damaged: the reason}.
+    Records are read where no index says what they say together.
     `last_uses` are those of the ledgers, which are read once for all caches."""
     try:
         cache_manifest = manifest.read(path)
-        records, total = _records(path, cache_manifest)
+        own = _stored(path, cache_manifest)
         parts = [
-            (manifest.read(part), _records(part, manifest.read(part))) for part in added_parts(path)
+            (about, _stored(part, about))
+            for part in added_parts(path)
+            for about in [manifest.read(part)]
         ]
     except UserError as error:
         return {"path": str(path), "damaged": str(error)}
     except OSError as error:
         return {"path": str(path), "damaged": f"{error.filename}: {error.strerror}"}
     identity = cache_manifest["identity"]
-    every = [*records, *(record for _, (found, _) in parts for record in found)]
     return {
         "path": str(path),
         "id": cache_manifest["id"],
@@ -40,11 +44,11 @@ def describe(path: Path, last_uses: Mapping[str, str]) -> dict[str, Any]:
         "format": cache_manifest["format"],
         "compression": cache_manifest.get("compression", ""),
         "tokens": identity["tokens"],
-        "bytes": sum(file["bytes"] for record in every for file in record["files"].values()),
-        "shards": total,
-        "shards_complete": len(records),
+        "bytes": own.bytes + sum(stored.bytes for _, stored in parts),
+        "shards": len(cache_manifest["shards"]),
+        "shards_complete": own.shards,
         "parts": len(parts),
-        "parts_complete": sum(len(found) == wanted for _, (found, wanted) in parts),
+        "parts_complete": sum(stored.shards == len(about["shards"]) for about, stored in parts),
         "last_used": max(
             (last_uses[each] for each in picture_lists.ids(identity) if each in last_uses),
             default=None,
@@ -53,10 +57,20 @@ def describe(path: Path, last_uses: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _records(part: Path, part_manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """(records of complete shards, shards there are to be)."""
-    paths = [record_path(part, shard["name"]) for shard in part_manifest["shards"]]
-    return [read_record(path) for path in paths if path.is_file()], len(paths)
+class _Stored(NamedTuple):
+    """Counts complete shards, and the bytes of their files."""
+
+    shards: int
+    bytes: int
+
+
+def _stored(part: Path, about: dict[str, Any]) -> _Stored:
+    index = open_index(part, about)
+    if index is not None:
+        return _Stored(index.facts.shards, index.bytes)
+    paths = (record_path(part, shard["name"]) for shard in about["shards"])
+    sizes = [stored_bytes(read_record(path))[0] for path in paths if path.is_file()]
+    return _Stored(len(sizes), sum(sizes))
 
 
 def _own(identity: dict[str, Any], parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from featcache.console.params import CachePath
 from featcache.console.text import format_bytes, format_table, join_lines, print_facts
 from featcache.errors import counted
 from featcache.reading.cache import Cache
-from featcache.storage import manifest, picture_lists, statistics
+from featcache.storage import manifest, picture_lists
 
 
 @click.command(
@@ -40,10 +40,7 @@ def describe(cache: Cache) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for teacher in cache.teachers:
         prefix = "" if teacher == cache.teachers[0] else f"{teacher}/"
-        found |= {
-            f"{prefix}{name}": facts
-            for name, facts in statistics.merge(cache.records_of(teacher)).items()
-        }
+        found |= {f"{prefix}{name}": facts for name, facts in cache.statistics_of(teacher).items()}
     arrays = {
         name: {
             "dtype": spec.dtype,

@@ -88,6 +88,8 @@ def command(
     bar = ProgressBar("verify", "shards")
     problems, shards = verify.verify_cache(cache, bar)
     bar.close()
+    for note in verify.index_notes(cache):
+        text.say(f"note: {note}")
     facts: dict[str, Any] = {"cache": str(cache), "shards": shards, "problems": problems}
     with_teacher = bool(recompute) and not problems
     if with_teacher:

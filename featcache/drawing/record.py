@@ -57,9 +57,9 @@ def describe(cache: Cache, row: int, views: Sequence[int]) -> dict[str, Any]:
 
 def _place(cache: Cache, row: int) -> tuple[str, int]:
     """Return the shard of a row, and its number there."""
-    starts = np.cumsum([0, *(record["rows"] for record in cache.records)])
+    starts = cache.shard_starts
     shard = int(np.searchsorted(starts, row, side="right")) - 1
-    return str(cache.records[shard]["shard"]), row - int(starts[shard])
+    return cache.shard_names[shard], row - int(starts[shard])
 
 
 def _view(

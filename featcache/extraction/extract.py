@@ -38,7 +38,7 @@ from featcache.extraction.target_folder import (
     report_quarantine,
 )
 from featcache.models import tokenizer
-from featcache.storage import checksums, commit, manifest
+from featcache.storage import checksums, commit, index_build, manifest
 from featcache.storage.part import cache_root, previous_record
 from featcache.storage.statistics import FeatureStatistics, Statistics, stored_feature_statistics
 from featcache.storage.store import ShardWriter, get_store
@@ -96,6 +96,7 @@ def run_jobs(
         _extract_missing(jobs, jobs[0].plan.shards[share[0] :: share[1]], options)
     for job, each in zip(jobs, wanted, strict=True):
         report_quarantine(job.out, each)
+        index_build.update(job.out)
     return wanted
 
 

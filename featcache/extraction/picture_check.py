@@ -61,16 +61,15 @@ def check_same_pictures(
 
 def _sound_rows(cache: Cache, without: Collection[str]) -> I64:
     """Return the rows of the shards that are not left out."""
-    counts = [record["rows"] for record in cache.records]
-    sound = [record["shard"] not in without for record in cache.records]
-    return np.flatnonzero(np.repeat(sound, counts))
+    sound = [name not in without for name in cache.shard_names]
+    return np.flatnonzero(np.repeat(sound, np.diff(cache.shard_starts)))
 
 
 def _index(source: Source, cache: Cache, row: int, before: int) -> int:
     """Return the number of a row's picture in the source, whose first is the cache's number
     `before`, found among those of its shard; -1 where it is not there."""
-    number = int(np.searchsorted(_ends(cache), row, "right"))
-    name = cache.records[number]["shard"]
+    number = int(np.searchsorted(cache.shard_starts, row, "right")) - 1
+    name = cache.shard_names[number]
     shard = next(each for each in cache.manifest["shards"] if each["name"] == name)
     key = next(key for key, here in _rows_of_shard(cache, number).items() if here == row)
     first = shard["first"] - before
@@ -78,15 +77,11 @@ def _index(source: Source, cache: Cache, row: int, before: int) -> int:
     return first + keys.index(key) if key in keys else -1
 
 
-def _ends(cache: Cache) -> I64:
-    return np.cumsum([record["rows"] for record in cache.records])
-
-
 def _rows_of_shard(cache: Cache, number: int) -> dict[str, int]:
     """Return key -> row of one shard; the keys of others may be damaged, and are not read."""
     record = cache.records[number]
     keys = Keys(*read_shard_keys(get_store(cache.identity["store"]), cache.path, record))
-    first = int(_ends(cache)[number]) - record["rows"]
+    first = int(cache.shard_starts[number])
     return {key: first + i for i, key in enumerate(keys)}
 
 
@@ -101,7 +96,7 @@ class StoredViews:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {record["shard"]: i for i, record in enumerate(self.cache.records)}
+        return {name: i for i, name in enumerate(self.cache.shard_names)}
 
     def rows(self, shard: str) -> dict[str, int]:
         """Return key -> row of a shard; nothing where the cache itself does not have it yet."""

@@ -7,6 +7,7 @@ A bad shard is put aside until its successor is complete; a repair that fails pu
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,15 @@ from featcache.extraction.target_folder import (
 from featcache.maintenance import derive, verify
 from featcache.models.contract import Teacher
 from featcache.pictures.source import Source
-from featcache.storage import belongings, codec_state, commit, manifest, picture_lists
+from featcache.storage import (
+    belongings,
+    codec_state,
+    commit,
+    index_build,
+    index_file,
+    manifest,
+    picture_lists,
+)
 from featcache.storage import lease as leases
 from featcache.storage.identity import refuse_mismatch
 from featcache.storage.own_folder import own_shards
@@ -105,9 +114,19 @@ def run(
             leases.clear_stale(part, shard["name"])
         restored += [str(problem.path) for problem in problems if not problem.shard]
         shards += [str(record_path(part, shard)) for shard in bad]
+        restored += _renew_index(part, about)
     if strange := verify.check_parts_agree(cache):
         raise UserError(strange[0])
     return {"restored": restored, "shards": shards}
+
+
+def _renew_index(part: Path, about: dict[str, Any]) -> list[str]:
+    """Make the index anew where it is stale, damaged or wrong."""
+    if verify.index_problem(part, about):
+        index_build.write(part)
+    elif not index_build.update(part, least=sys.maxsize):
+        return []
+    return [str(part / index_file.NAME)]
 
 
 def _restore_manifest(part: Path) -> list[str]:

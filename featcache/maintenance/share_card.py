@@ -73,7 +73,7 @@ def _training(cache: Cache, address: str) -> str:
 
 
 def _plain(cache: Cache, address: str) -> str:
-    shard = cache.records[0]["shard"] if cache.records else "000000"
+    shard = cache.shard_names[0] if cache.shard_names else "000000"
     if cache.identity["store"] == "zarr":
         return f"""Each shard is a Zarr group (version 3):
 

@@ -30,7 +30,7 @@ from featcache.maintenance import transfer_plan
 from featcache.maintenance.transfer_plan import Target, TransferJob, target_like
 from featcache.reading.cache import Cache
 from featcache.runtime.meter import meter
-from featcache.storage import checksums, codec_state, commit, manifest
+from featcache.storage import checksums, codec_state, commit, index_build, manifest
 from featcache.storage.files import address, files_of
 from featcache.storage.statistics import (
     FeatureStatistics,
@@ -171,6 +171,8 @@ def run(
             _transfer_shards(job, progress)
             target_folder.write_quarantine(job.out, job.records)
         _check_whole(ready)
+        for job in ready:
+            index_build.update(job.out)
     except OSError as error:
         folders = {job.out: job.manifest for job in jobs}
         if full := target_folder.disk_full_error(error, folders, WORDS):

@@ -158,9 +158,9 @@ def _teacher(about: Mapping[str, Any]) -> str:
 
 def shard_rows(source: Cache, record: Mapping[str, Any]) -> slice:
     """Return the row numbers of a shard."""
-    shards = [each["shard"] for each in source.records]
-    first = sum(each["rows"] for each in source.records[: shards.index(record["shard"])])
-    return slice(first, first + record["rows"])
+    number = source.shard_names.index(record["shard"])
+    first, end = source.shard_starts[number : number + 2].tolist()
+    return slice(first, end)
 
 
 def _choose(

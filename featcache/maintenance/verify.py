@@ -9,10 +9,19 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from featcache.errors import UnreadableError, UserError
+from featcache.errors import UnreadableError, UserError, command_line
 from featcache.extraction import target_folder
 from featcache.reading.cache import Cache
-from featcache.storage import codec_state, commit, json_file, manifest, picture_lists
+from featcache.storage import (
+    codec_state,
+    commit,
+    index,
+    index_build,
+    index_file,
+    json_file,
+    manifest,
+    picture_lists,
+)
 from featcache.storage.files import files_of
 from featcache.storage.keys import Keys, read_shard_keys
 from featcache.storage.part import added_parts
@@ -42,11 +51,11 @@ def verify_cache(
     shards = 0
     for part in (path, *added_parts(path)):
         about = manifest.read(part)
-        found += [
-            str(problem)
-            for problem in part_problems(part, about, progress)
-            if problem.shard not in without
-        ]
+        problems = list(part_problems(part, about, progress))
+        found += [str(problem) for problem in problems if problem.shard not in without]
+        # only then: it is compared with all shards
+        if not any(problem.shard for problem in problems):
+            found += map(str, filter(None, [index_problem(part, about)]))
         shards += len(about["shards"])
     return found or ([] if without else check_parts_agree(path)), shards
 
@@ -112,6 +121,29 @@ def part_problems(
             else:
                 yield from _of_files(part, shard["name"], backend, read)
         progress(done, len(about["shards"]))
+
+
+def index_problem(part: Path, about: dict[str, Any]) -> Problem | None:
+    """Say what is wrong with the index of a part whose shards are sound; nothing of one that is
+    stale, which nobody reads."""
+    found = index.look(part, about)
+    path = part / index_file.NAME
+    if isinstance(found, index.Unused):
+        return Problem(path, f"{path}: {found.why}") if found.is_damaged else None
+    if found is None or index_build.build(part).is_written(path):
+        return None
+    return Problem(path, f"{path}: is not what the records of its shards say")
+
+
+def index_notes(path: Path) -> list[str]:
+    """Say which indices of a cache and of what was added to it are not read."""
+    make = command_line("featcache", "index", path)
+    found = {part: index.look(part, manifest.read(part)) for part in (path, *added_parts(path))}
+    return [
+        f"{part / index_file.NAME} is not used, {why.why}; run `{make}`"
+        for part, why in found.items()
+        if isinstance(why, index.Unused) and not why.is_damaged
+    ]
 
 
 def _of_files(part: Path, shard: str, backend: str, record: dict[str, Any]) -> Iterator[Problem]:

@@ -32,9 +32,11 @@ from featcache.reading.value_check import check_values
 from featcache.runtime.local_path import local_path
 from featcache.storage import checksums, codec_state, manifest
 from featcache.storage.files import address, files_of
+from featcache.storage.indexed_keys import IndexedKeys
 from featcache.storage.keys import I64, Keys
 from featcache.storage.mount import mount
 from featcache.storage.part import describe_part, open_parts
+from featcache.storage.statistics import merge_totals
 from featcache.storage.store import Array
 
 
@@ -83,7 +85,7 @@ class Cache:
         }
         self.manifest = self._base.manifest
         self.identity = self._base.identity
-        self.records = self._base.records
+        self.records: Sequence[dict[str, Any]] = self._base.records
         self.verify_rows, self._calls = verify_rows, 0
         self.notes_archive = self.is_archive  # whether it is said once that this is slow
         self.views: int = self.views_of(self._base.teacher)
@@ -127,11 +129,9 @@ class Cache:
             raise UsageError(f"unknown teacher {teacher!r}; {near(str(teacher), self.teachers)}")
         return next(part.manifest for part in self._parts if part.teacher == teacher)
 
-    def records_of(self, teacher: str) -> list[dict[str, Any]]:
-        """Return the records of all shards of a teacher's parts."""
-        return [
-            record for part in self._parts if part.teacher == teacher for record in part.records
-        ]
+    def statistics_of(self, teacher: str) -> dict[str, dict[str, Any]]:
+        """Return the statistics of the arrays of a teacher's parts."""
+        return merge_totals(part.statistics for part in self._parts if part.teacher == teacher)
 
     @property
     def teachers(self) -> list[str]:
@@ -185,8 +185,18 @@ class Cache:
         """Pictures that could not be used: {key, reason} each."""
         return self._base.quarantined
 
+    @property
+    def shard_names(self) -> Sequence[str]:
+        """The names of complete shards."""
+        return self._base.names
+
+    @property
+    def shard_starts(self) -> I64:
+        """(s + 1,) the first row of each complete shard, and the end of the last."""
+        return self._base.starts
+
     @cached_property
-    def keys(self) -> Keys:
+    def keys(self) -> Keys | IndexedKeys:
         """The key of every row; `keys.find(list)` gives rows."""
         return self._base.keys()
 

@@ -18,7 +18,7 @@ n pictures, V stored views.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +105,6 @@ class ViewSchedule:
         return self.order[at, stored_view(digests, epoch, self.counts[at])].astype(np.int64)
 
 
-def keys_without_view(accepted: BOOL, keys: Iterable[str]) -> list[str]:
-    """List the keys of the pictures of which no view was accepted."""
-    return [key for key, none in zip(keys, accepted.sum(1) == 0, strict=True) if none]
+def keys_without_view(accepted: BOOL, keys: Sequence[str], rows: I64) -> list[str]:
+    """List the keys of the pictures of which no view was accepted: accepted (n, V) of rows (n,)."""
+    return [keys[row] for row in rows[~accepted.any(1)].tolist()]

@@ -47,7 +47,9 @@ class StoredPixels:
             return len(self.cache)
         of = picture_lists.shards(known[: self.lists], self.cache.identity["rows_per_shard"])
         names = {shard["name"] for shard in of}
-        return sum(record["rows"] for record in self.cache.records if record["shard"] in names)
+        counts = np.diff(self.cache.shard_starts).tolist()
+        pairs = zip(self.cache.shard_names, counts, strict=True)
+        return sum(count for name, count in pairs if name in names)
 
     def __len__(self) -> int:
         return self._rows

@@ -18,7 +18,7 @@ def row_error(
     """Name the file at fault, that of the row or that of its checksum: `path` is where a row was
     read that differed."""
     shard = int(np.searchsorted(parts[0].starts, row, side="right") - 1)
-    record = parts[0].records[shard]["shard"]
+    record = parts[0].names[shard]
     problems = [
         problem
         for part in parts

@@ -46,7 +46,7 @@ class PictureCheck:
     def sample(self, seed: int, most: int = SAMPLE) -> I64:
         """Choose (m,) of the training pictures, at most `most`, spread over the shards: a pure
         function of the seed."""
-        starts = np.cumsum([record["rows"] for record in self.cache.records])
+        starts = self.cache.shard_starts[1:]
         shard = np.where(self.rows < 0, len(starts), np.searchsorted(starts, self.rows, "right"))
         counts = np.bincount(shard, minlength=len(starts))[: len(starts)]
         order, firsts = np.argsort(shard, kind="stable"), np.cumsum(counts) - counts
@@ -63,7 +63,7 @@ class PictureCheck:
 
     def shards(self, at: I64) -> int:
         """Count the shards that training pictures `at` (m,) lie in."""
-        starts = np.cumsum([record["rows"] for record in self.cache.records])
+        starts = self.cache.shard_starts[1:]
         return len(np.unique(np.searchsorted(starts, self.rows[at], "right")))
 
     def check_pixels(self, at: I64, seed: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from featcache.errors import UnreadableError, UserError
 from featcache.storage import codec_state, commit, manifest
 from featcache.storage.commit import BACKUP_SUFFIX, RECORD
+from featcache.storage.index_file import NAME as INDEX
 from featcache.storage.owner import split_temporary
 from featcache.storage.part import PARTS
 from featcache.storage.store import QUARANTINE, SHARDS, get_store
@@ -39,7 +40,7 @@ def foreign(cache: Path) -> Iterator[Path]:
     """Yield the files and folders in a cache, or in what was added to it, that are none of its own;
     of a folder that is none, the folder alone. UserError where the cache itself is none."""
     about = own_manifest(cache)
-    files = {manifest.NAME, QUARANTINE, *about["files"], *_root_files(about, ".")}
+    files = {manifest.NAME, QUARANTINE, INDEX, *about["files"], *_root_files(about, ".")}
     for entry in _entries(cache):
         of = split_temporary(entry.name)
         if entry.is_dir(follow_symlinks=False):

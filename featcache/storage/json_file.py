@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastcrc.crc32 import iscsi as crc32c
+
 from featcache.errors import UserError, command_line, raise_if_unreadable, short
 from featcache.storage.files import files_of
 from featcache.storage.owner import is_abandoned, split_temporary, writer_id
@@ -140,6 +142,11 @@ def sweep(folder: Path) -> None:
 def read_json(path: Path, most_bytes: int = LARGEST_BYTES) -> dict[str, Any]:
     """Read the object in a JSON of a cache; a missing, cut or changed file is a UserError that says
     what fixes it."""
+    return read_json_crc(path, most_bytes)[0]
+
+
+def read_json_crc(path: Path, most_bytes: int = LARGEST_BYTES) -> tuple[dict[str, Any], int]:
+    """Do the same, and return the crc32c of the file's bytes beside it."""
     try:
         data = _bytes(path, most_bytes)
         value = json.loads(data)
@@ -164,7 +171,7 @@ def read_json(path: Path, most_bytes: int = LARGEST_BYTES) -> dict[str, Any]:
         why = "its bytes are not those that were written"
     if why:
         raise UserError(f"{str(path)!r} is damaged: {why}; run `{_repair(path)}`")
-    return value
+    return value, crc32c(data)
 
 
 def _is_as_written(data: bytes, value: Mapping[str, Any], checksum: Any) -> bool:

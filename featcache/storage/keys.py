@@ -82,18 +82,16 @@ class Keys(Sequence[str]):
     def _sorted(self) -> I64:
         return np.lexsort((self.digests[:, 1], self.digests[:, 0]))
 
+    def digests_of(self, rows: I64) -> rng.U64:
+        """Return the digests (m, 2) of the keys of rows (m,)."""
+        return rng.key_digests(self[row] for row in rows.tolist())
+
     def find(self, keys: Sequence[str]) -> I64:
         """Return the row (m,) of each key, -1 where it is not here."""
-        if isinstance(keys, str):
-            raise UsageError(
-                f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]"
-            )
-        keys = list(keys) if isinstance(keys, Iterable) else [keys]
-        if not all(isinstance(key, str) for key in keys):
-            raise UsageError(
-                f"keys.find: a list of keys is needed, which are text; {keys!r:.80} is given"
-            )
-        wanted = rng.key_digests(keys)
+        return self.find_digests(rng.key_digests(check_sought(keys)))
+
+    def find_digests(self, wanted: rng.U64) -> I64:
+        """Return the row (m,) of each digest of a key (m, 2), -1 where it is not here."""
         if not len(self) or not len(wanted):
             return np.full(len(wanted), -1, np.int64)
         pairs = np.ascontiguousarray(self.digests[self._sorted]).view([("a", "u8"), ("b", "u8")])[
@@ -102,3 +100,17 @@ class Keys(Sequence[str]):
         sought = np.ascontiguousarray(wanted).view(pairs.dtype)[:, 0]
         at = np.minimum(np.searchsorted(pairs, sought), len(self) - 1)
         return np.where(pairs[at] == sought, self._sorted[at], -1)
+
+
+def check_sought(keys: Sequence[str]) -> list[str]:
+    """Return the keys that `find` is to find. Raises UsageError where they are no list of texts."""
+    if isinstance(keys, str):
+        raise UsageError(
+            f"keys.find: a list of keys is needed, {keys!r} is one string; give [{keys!r}]"
+        )
+    keys = list(keys) if isinstance(keys, Iterable) else [keys]
+    if not all(isinstance(key, str) for key in keys):
+        raise UsageError(
+            f"keys.find: a list of keys is needed, which are text; {keys!r:.80} is given"
+        )
+    return keys

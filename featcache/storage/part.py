@@ -7,7 +7,7 @@ n rows, V views of this part (numbers `first_view` to `first_view` + V - 1), L l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import UnreadableError, UserError, command_line, one_line
+from featcache.errors import UnreadableError, UserError, counted, one_line
 from featcache.storage import commit, json_file, manifest
 from featcache.storage.files import files_of
 from featcache.storage.identity import Mismatch, compare
+from featcache.storage.index import INDEXED_FROM, ShardIndex, note_unused, open_index
+from featcache.storage.index_file import NAME as INDEX
+from featcache.storage.indexed_keys import IndexedKeys
 from featcache.storage.keys import I64, Keys, key_paths, read_shard_keys
-from featcache.storage.record import RecordCheck, read_quarantine
+from featcache.storage.record import RecordCheck, quarantine_digest, read_quarantine
+from featcache.storage.shard_records import IndexedRecords, RecordReader, stored_bytes
+from featcache.storage.statistics import totals
 from featcache.storage.store import (
     PARTS,
     QUARANTINE,
@@ -43,6 +48,7 @@ class FileRows(NamedTuple):
 
 class Part:
     """Opens a part: manifest and records are read, and every file's existence and size are checked.
+    Where there is a fresh index, that is done shard by shard, when a shard is first looked at.
 
     `partial` leaves out shards of which something is missing or short, instead of an error:
     `absent` names them.
@@ -61,14 +67,32 @@ class Part:
         }
         self.store = get_store(self.identity["store"])
         self.compression: str = self.manifest.get("compression", "")  # of an archive
-        self._check = RecordCheck(self.manifest)
         self.absent: dict[str, str] = {}  # shard -> why
-        # {key, reason} each; of absent shards as well, where that is known
-        self.quarantined: list[dict[str, str]] = []
-        self.records = list(self._complete_shards(partial))
-        self.starts: I64 = np.cumsum([0, *(record["rows"] for record in self.records)])
+        self._seen_quarantine: list[dict[str, str]] = []  # of the records that were read
+        # without it: what is missing has to be seen
+        self.index = None if partial else open_index(path, self.manifest)
+        self.records: Sequence[dict[str, Any]]
+        if self.index is not None:
+            self.records = IndexedRecords(path, self.manifest, self.index)
+            self.names: list[str] = [shard["name"] for shard in self.manifest["shards"]]
+            self.starts: I64 = self.index.starts
+        else:
+            self._use_records(list(self._complete_shards(partial)))
+            self._note_index()
+
+    def _use_records(self, records: list[dict[str, Any]]) -> None:
+        self.records = records
+        self.names = [record["shard"] for record in records]
+        self.starts = np.cumsum([0, *(record["rows"] for record in records)])
+
+    def _note_index(self) -> None:
+        """Tell that an index would save something, where there is none."""
+        enough = self.complete and len(self.records) >= INDEXED_FROM
+        if enough and not files_of(self.path).may_be_far and not (self.path / INDEX).exists():
+            note_unused(self.path, f"{self.path} has {len(self.records)} shards and no index")
 
     def _complete_shards(self, partial: bool) -> Iterator[dict[str, Any]]:
+        reader = RecordReader(self.path, self.manifest)
         for shard in self.manifest["shards"]:
             path = record_path(self.path, shard["name"])
             if not path.is_file():
@@ -78,7 +102,9 @@ class Part:
                     )
                 continue
             try:
-                record = self._record(path, shard)
+                record, _ = reader.read(shard)
+                self._seen_quarantine += record["quarantined"]
+                reader.check_files(record)
             except UnreadableError:  # who may not look cannot say that it is absent
                 raise
             except UserError as error:
@@ -87,36 +113,42 @@ class Part:
                 self.absent[shard["name"]] = str(error)
             else:
                 yield record
-        if self.absent:
-            self._note_quarantined()
 
-    def _record(self, path: Path, shard: Mapping[str, Any]) -> dict[str, Any]:
-        """Read the record of a shard, and check that its files are there."""
-        record = json_file.read_json(path)
-        if why := self._check.problem(shard, record):
-            raise UserError(
-                f"cache file {path} {why}; run `{command_line('featcache', 'verify', self.path)}`"
-            )
-        self.quarantined += record["quarantined"]
-        if problems := commit.check_shard(
-            self.path, record["shard"], self.identity["store"], record, deep=False
-        ):
-            raise UserError(
-                f"cache file {problems[0]}; run `{command_line('featcache', 'verify', self.path)}`"
-            )
-        return record
+    @cached_property
+    def quarantined(self) -> list[dict[str, str]]:
+        """Pictures that could not be used, {key, reason} each; of absent shards as well, where that
+        is known."""
+        if self.index is None:
+            found = self._seen_quarantine
+            return found + self._lost_quarantine(found) if self.absent else found
+        listed = self._listed_quarantine(self.index)
+        if listed is not None:
+            return listed
+        return [row for record in self.records for row in record["quarantined"]]
 
-    def _note_quarantined(self) -> None:
-        """Add those of lost records, from the list that the extraction left beside the manifest."""
-        with contextlib.suppress(UserError):  # there is none, or it is damaged as well
-            known = {row["key"] for row in self.quarantined}
+    def _listed_quarantine(self, index: ShardIndex) -> list[dict[str, str]] | None:
+        """Return the list beside the manifest, where it is that of the records."""
+        if not index.quarantined:
+            return []
+        with contextlib.suppress(UserError):  # there is none, or it is damaged
             rows = read_quarantine(self.path / QUARANTINE)
-            self.quarantined += [row for row in rows if row["key"] not in known]
+            if quarantine_digest(rows) == index.facts.quarantine:
+                return rows
+        return None
+
+    def _lost_quarantine(self, found: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Return those of lost records, from the list that the extraction left beside the
+        manifest."""
+        with contextlib.suppress(UserError):  # there is none, or it is damaged as well
+            known = {row["key"] for row in found}
+            rows = read_quarantine(self.path / QUARANTINE)
+            return [row for row in rows if row["key"] not in known]
+        return []
 
     def drop_shards(self, shards: Collection[str]) -> None:
         """Leave these out as well: they are absent in another part of the cache."""
-        self.records = [record for record in self.records if record["shard"] not in shards]
-        self.starts = np.cumsum([0, *(record["rows"] for record in self.records)])
+        if shards:
+            self._use_records([each for each in self.records if each["shard"] not in shards])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -125,10 +157,17 @@ class Part:
     def complete(self) -> bool:
         return len(self.records) == len(self.manifest["shards"])
 
+    @cached_property
+    def _stored(self) -> tuple[int, int]:
+        if self.index is not None:
+            return self.index.bytes, self.index.compressed_bytes
+        whole, compressed = zip((0, 0), *map(stored_bytes, self.records), strict=True)
+        return sum(whole), sum(compressed)
+
     @property
     def bytes(self) -> int:
         """The size of all files of complete shards."""
-        return sum(file["bytes"] for record in self.records for file in record["files"].values())
+        return self._stored[0]
 
     @property
     def compressed_bytes(self) -> tuple[int, int]:
@@ -136,9 +175,20 @@ class Part:
         another part."""
         if not self.compression:
             return 0, 0
-        every = [file for record in self.records for file in record["files"].values()]
         row = sum(spec.item_bytes * self.views for spec in self.arrays.values() if spec.split)
-        return sum(file["bytes"] for file in every if "compression" in file), row * len(self)
+        return self._stored[1], row * len(self)
+
+    @property
+    def statistics(self) -> Mapping[str, Mapping[str, Any]]:
+        """The statistics of the arrays of all shards: see `statistics.totals`."""
+        return totals(self.records) if self.index is None else self.index.facts.statistics
+
+    def keys_digest(self, shard: int) -> str:
+        """Return the digest of the keys of a shard, as its record has it."""
+        if self.index is not None:
+            return self.index.keys_digest(shard)
+        digest: str = self.records[shard]["keys_digest"]
+        return digest
 
     @property
     def view_numbers(self) -> range:
@@ -150,9 +200,10 @@ class Part:
     def locate(self, shard: int, spec: Array, view: int, rows: I64) -> tuple[str, I64]:
         """Return the file and offsets of an array's items; rows are numbers of the whole part, all
         of one shard."""
+        self._check_records(np.array([shard]))
         return self.store.locate(
             self.path,
-            self.records[shard]["shard"],
+            self.names[shard],
             spec,
             self.views,
             view - self.first_view,
@@ -162,8 +213,9 @@ class Part:
     def locate_all(self, spec: Array, files: FileRows, rows: I64) -> tuple[list[str], I64]:
         """Return the path of each of `files` (f,), and the offset of each of `rows` (n,), which lie
         file after file."""
+        self._check_records(files.shards)
         own = rows - np.repeat(self.starts[files.shards], files.counts)
-        names = [self.records[shard]["shard"] for shard in files.shards.tolist()]
+        names = [self.names[shard] for shard in files.shards.tolist()]
         views, ends = (files.views - self.first_view).tolist(), np.cumsum(files.counts).tolist()
         bounds = zip(names, views, [0, *ends], ends, strict=False)
         found = [
@@ -172,17 +224,31 @@ class Part:
         ]
         return [path for path, _ in found], np.concatenate([offsets for _, offsets in found])
 
+    def _check_records(self, shards: I64) -> None:
+        """Look at shards of which bytes are to be read, where opening did not."""
+        if isinstance(self.records, IndexedRecords):
+            self.records.check(shards)
+
     def file_record(self, path: str) -> Mapping[str, Any]:
         """Return the bytes and crc32c that are recorded for a file that `locate` gave."""
         shard, _, name = path[len(f"{self.path}/{SHARDS}/") :].partition(f".{self.store.NAME}/")
-        facts: Mapping[str, Any] = self._files[shard][name]
+        facts: Mapping[str, Any] = self.records[self._numbers[shard]]["files"][name]
         return facts
 
     @cached_property
-    def _files(self) -> dict[str, Any]:
-        return {record["shard"]: record["files"] for record in self.records}
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
 
-    def keys(self) -> Keys:
+    def keys(self) -> Keys | IndexedKeys:
+        """Return the keys of all rows, of which nothing is read yet where there is an index."""
+        if self.index is not None:
+            return IndexedKeys(self.index, self._shard_keys, self._all_keys)
+        return self._all_keys()
+
+    def _shard_keys(self, shard: int) -> Keys:
+        return Keys(*read_shard_keys(self.store, self.path, self.records[shard]))
+
+    def _all_keys(self) -> Keys:
         files_of(self.path).bring(
             path for record in self.records for path in key_paths(self.store, self.path, record)
         )
@@ -252,13 +318,12 @@ def row_mismatch(base: Part, other: Part) -> str | None:
     free = ADDABLE_FIELDS if other.teacher == base.teacher else (*ADDABLE_FIELDS, *TEACHER_FIELDS)
     if found := first_difference(base.manifest, other.manifest, free):
         return f"{found.field} is {found.there!r} there, {found.here!r} here"
-    for here, there in zip(base.records, other.records, strict=True):
-        if (here["shard"], here["rows"], here["keys_digest"]) != (
-            there["shard"],
-            there["rows"],
-            there["keys_digest"],
-        ):
-            return f"rows of shard {here['shard']} differ: {here['rows']} and {there['rows']}"
+    if base.names != other.names:
+        return f"it has {counted(len(other.names), 'shard')} of other names"
+    counts, others = np.diff(base.starts).tolist(), np.diff(other.starts).tolist()
+    for i, (here, there) in enumerate(zip(counts, others, strict=True)):
+        if here != there or base.keys_digest(i) != other.keys_digest(i):
+            return f"rows of shard {base.names[i]} differ: {here} and {there}"
     return None
 
 

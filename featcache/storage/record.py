@@ -3,7 +3,7 @@ manifest they belong to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,11 @@ def read_quarantine(path: Path) -> list[dict[str, str]]:
     schema.check(schema.Quarantine, value, path, json_file.advice(path))
     pictures: list[dict[str, str]] = value["pictures"]
     return pictures
+
+
+def quarantine_digest(pictures: Sequence[Mapping[str, str]]) -> str:
+    """Digest the list of a quarantine.json."""
+    return json_file.digest({"pictures": [dict(row) for row in pictures]})
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,16 @@ class ArrayStatistics(_Object):
     non_finite: Count
 
 
+class Totals(ArrayStatistics):
+    """The same of several shards."""
+
+    rows: Count
+
+
+class IndexFacts(_Object):
+    statistics: Annotated[dict[Name, Totals], Field(max_length=256)]
+
+
 class Record(ShardFiles):
     model_config = ConfigDict(extra="forbid")
 

@@ -118,23 +118,45 @@ def entropy(attention: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 def merge(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Merge the statistics of several shards into one; means are weighted by rows."""
-    out: dict[str, dict[str, Any]] = {}
+    return merge_totals([totals(records)])
+
+
+def totals(
+    records: Iterable[Mapping[str, Any]], before: dict[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Merge the statistics of shards into those of the shards `before`, and keep beside them how
+    many rows they are of."""
+    out = {} if before is None else before
     for record in records:
         for name, facts in record["statistics"].items():
-            so_far = out.setdefault(
-                name, {"min": facts["min"], "max": facts["max"], "non_finite": 0, "rows": 0}
-            )
-            so_far["min"], so_far["max"] = (
-                min(so_far["min"], facts["min"]),
-                max(so_far["max"], facts["max"]),
-            )
-            so_far["non_finite"] += facts["non_finite"]
-            for word in ("norm", "entropy"):
-                if word in facts:
-                    total = so_far.get(word, 0.0) * so_far["rows"] + facts[word] * record["rows"]
-                    so_far[word] = total / max(so_far["rows"] + record["rows"], 1)
-            so_far["rows"] += record["rows"]
+            _add(out, name, facts, record["rows"])
+    return out
+
+
+def merge_totals(parts: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Merge the totals of several parts into plain statistics."""
+    out: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, facts in part.items():
+            _add(out, name, facts, facts["rows"])
     return {
         name: {key: value for key, value in facts.items() if key != "rows"}
         for name, facts in out.items()
     }
+
+
+def _add(out: dict[str, dict[str, Any]], name: str, facts: Mapping[str, Any], rows: int) -> None:
+    so_far = out.setdefault(
+        name, {"min": facts["min"], "max": facts["max"], "non_finite": 0, "rows": 0}
+    )
+    so_far["min"] = min(so_far["min"], facts["min"])
+    so_far["max"] = max(so_far["max"], facts["max"])
+    so_far["non_finite"] += facts["non_finite"]
+    for word in ("norm", "entropy"):
+        if word in facts:
+            if so_far["rows"]:
+                total = so_far.get(word, 0.0) * so_far["rows"] + facts[word] * rows
+                so_far[word] = total / (so_far["rows"] + rows)
+            else:  # as it is: a product that is divided again is rounded twice
+                so_far[word] = facts[word]
+    so_far["rows"] += rows

@@ -10,14 +10,13 @@ n training pictures, V stored views.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache import rng
 from featcache.catalog import extract_command
 from featcache.errors import UsageError, UserError, counted
 from featcache.reading import crop_range
@@ -59,12 +58,12 @@ def choose_views(
     if scale == stored:
         return ViewSelection(pictures, rows, notes=tuple(notes))
     accepted = crop_range.accepted_views(cache, rows, scale)
-    left_out = crop_range.keys_without_view(accepted, _keys(cache, rows))
+    left_out = crop_range.keys_without_view(accepted, cache.keys, rows)
     if left_out and (len(left_out) / len(rows) > most_left_out or len(left_out) == len(rows)):
         raise _too_many(cache, rows, scale, accepted, left_out, most_left_out)
     notes += _shown_notes(scale, stored, accepted, left_out)
     kept = accepted.any(1)
-    schedule = ViewSchedule.of(rng.key_digests(_keys(cache, rows[kept])), accepted[kept])
+    schedule = ViewSchedule.of(cache.keys.digests_of(rows[kept]), accepted[kept])
     record = {"scale": list(scale), "left_out": len(left_out), "left_out_first": left_out[:NAMED]}
     return ViewSelection(pictures[kept], rows[kept], schedule, tuple(notes), {"crops": record})
 
@@ -73,10 +72,6 @@ def _stored(cache: Cache) -> Scale:
     """The range of the areas of a cache's crops."""
     low, high = cache.identity["policy"]["scale"]
     return float(low), float(high)
-
-
-def _keys(cache: Cache, rows: I64) -> Iterator[str]:
-    return (cache.keys[row] for row in rows.tolist())
 
 
 def _shown_notes(scale: Scale, stored: Scale, accepted: Bool, left_out: Sequence[str]) -> list[str]:
