@@ -32,6 +32,7 @@ from featcache.pictures import beton
 from featcache.runtime import signals
 from tests.browser import chromium  # noqa: F401 (a fixture)
 from tests.s3_server import as_admin, bucket, s3  # noqa: F401 (fixtures)
+from tests.slurm_cluster import slurm  # noqa: F401 (a fixture)
 
 # One thread, here and in every process a test starts: bit-equality is promised for one number of
 # threads, and two threads of two processes on shared cores mostly wait for one another.
