@@ -22,8 +22,8 @@ from featcache.console.progress_bar import WaitingNote
 from featcache.errors import StoppedError
 from featcache.pictures.open_source import open_source
 from featcache.runtime import variables
-from featcache.storage import manifest
-from featcache.storage.files import address, files_of
+from featcache.storage import files, manifest
+from featcache.storage.files import files_of
 
 if TYPE_CHECKING:
     from featcache.extraction.plan import ExtractJob, Plan
@@ -127,7 +127,7 @@ def extract(
     )
     cache = None if facts["cache"] is None else Path(facts["cache"])
     if cache is not None and files_of(cache.absolute()).may_be_far:
-        facts["cache"] = address(cache)
+        facts["cache"] = files.address(cache)
     return ExtractResult(cache, facts["complete"], facts.get("new_pictures", 0), facts)
 
 
@@ -295,7 +295,7 @@ class _Work:
         options, job = self.options, self.jobs[0]
         chosen = {
             "images_spec": require_images(options.images_spec),
-            "out": address(options.out or job.out),
+            "out": files.address(options.out or job.out),
             "rows_per_shard": job.plan.rows_per_shard,
         }
         return self._words(**chosen)[1:]
@@ -309,7 +309,7 @@ class _Work:
         values |= dict.fromkeys(("labelled", "batch_size", "labels", "image_member"))
         out = self.options.out
         if out is not None and files_of(out.absolute()).may_be_far:  # a folder of this process
-            values["out"] = address(out)
+            values["out"] = files.address(out)
         values |= chosen
         words = keywords.words(extract_parameters.parameters(), values)
         size = [f"--batch-size={self.options.batch_size}"] if self.keeps_batch else []
