@@ -124,16 +124,9 @@ def test_a_node_is_killed_and_another_joins(work: Work, cluster: Any, tmp_path: 
     (work.folder / "hold").touch()
     quick = "from featcache.extraction import ray_engine; ray_engine.NOTE_S = 0.1"
     running = work.run(
-        "--out",
-        "c",
-        "--engine",
-        "ray",
-        "--address",
-        cluster.address,
-        "--actors",
-        "2:",
+        "--out", "c", "--engine", "ray", "--address", cluster.address, "--actors", "2:",
         before=quick,
-    )
+    )  # fmt: skip
     lacking = "waiting for 1 more actor of 1 CPU each: 1 node holds 1 at most"
     wait_for(lambda: lacking in running.said, 180)
     assert work.lines("shards") == []

@@ -177,7 +177,9 @@ def test_the_address_is_the_options_then_the_variables(monkeypatch: pytest.Monke
 
 
 def test_nobody_answers() -> None:
-    with pytest.raises(UserError, match="--address '127.0.0.1:9': no Ray cluster answers there"):
+    with pytest.raises(
+        UserError, match=r"--address '127\.0\.0\.1:9': no Ray cluster answers there"
+    ):
         ray_cluster.check_answers("--address", "127.0.0.1:9")
 
 
