@@ -29,8 +29,8 @@ CONNECT_S = 5.0  # until an address must answer
 ENDS_S = 15.0  # until processes that were told to end must have done so
 STORE_BYTES = 78_643_200  # of Ray's object store, the least it takes: nothing large goes through it
 _FORM = "auto, HOST:PORT or ray://HOST:PORT"
-# Of Ray's, unless the user set it: it reports no use.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Of Ray's, unless the user set them: it reports no use, and prints no lines of its own on stdout.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "^"}
 
 
 def ray_module() -> Any:

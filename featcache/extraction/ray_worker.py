@@ -99,8 +99,6 @@ class ShardActor:
         self._progress: Any = None
         self._session: Any = None
         self._jobs: list[Any] = []
-        self._missing_folder = ""
-        self._home: tempfile.TemporaryDirectory[str] | None = None
 
     def about(self) -> dict[str, Any]:
         return about()
@@ -110,9 +108,8 @@ class ShardActor:
         import torch
 
         self._setup = setup
-        self._enter(setup.folder)
         torch.set_num_threads(setup.threads)
-        with _telling() as told:
+        with _telling() as told, _working_folder(setup.folder):
             self._jobs = setup.plan_again(setup.words)
             found = job_ids(self._jobs)
             if found != setup.ids:
@@ -121,19 +118,7 @@ class ShardActor:
                     f"{_shown(setup.ids)} where it was given; the pictures and weights that it "
                     "names must be the same files on every node"
                 )
-        if told.outcome == "failed" and self._missing_folder:
-            told.line += f"; {self._missing_folder}"
         return told
-
-    def _enter(self, folder: str) -> None:
-        """Let relative paths mean what they do at the driver, or nothing."""
-        try:
-            os.chdir(folder)
-        except OSError as error:
-            reason = error.strerror
-            self._missing_folder = f"{folder!r}, where it was given, is not there: {reason}"
-            self._home = tempfile.TemporaryDirectory()
-            os.chdir(self._home.name)
 
     def begin(self, is_begun: bool) -> Told:
         """Begin the folders of the cache, or join those that `is_begun` says are there."""
@@ -180,6 +165,28 @@ class ShardActor:
     def stop(self) -> None:
         """Let the shard in hand be left at its next batch, with its lease and what was written."""
         self._stopped.set()
+
+
+@contextlib.contextmanager
+def _working_folder(folder: str) -> Iterator[None]:
+    """Let relative paths mean what they do at the driver; where that folder is not there, nothing,
+    and an error says so."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        missing = f"{folder!r}, where it was given, is not there: {error.strerror}"
+    else:
+        yield
+        return
+    empty = tempfile.mkdtemp()
+    os.chdir(empty)
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {missing}") from error
+    finally:
+        os.chdir("/")
+        Path(empty).rmdir()
 
 
 @contextlib.contextmanager
