@@ -7,6 +7,7 @@
 #   make test EXTRAS=dev,ffcv     those of FFCV's .beton files too, which are skipped without it: it is built from source
 #                        and needs apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++
 #                        Those that open pages in a browser are skipped without Debian's chromium: apt-get install chromium
+#                        Those of a real Slurm are skipped without it: apt-get install slurm-wlm munge
 #   make docs            builds the site of the documentation into site/; python -m http.server -d site shows it
 #   make clean           removes what these made, but not .venv; make distclean removes that as well
 #

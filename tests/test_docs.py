@@ -130,7 +130,9 @@ def command_lines(text: str) -> Iterator[str]:
     for block in (*fenced, *indented):
         for line in block.replace("\\\n", " ").splitlines():
             words = line.strip().removeprefix("$ ")
-            words = re.sub(r"^accelerate launch .*?-m (student)", r"\1", words)
+            words = re.sub(r"^(?:accelerate launch|torchrun) .*?-m (student)", r"\1", words)
+            words = re.sub(r"^sbatch .*/extract.sbatch", "featcache extract", words)
+            words = re.sub(r"^sbatch .*/train.sbatch", "student train", words)
             if re.match(r"(featcache|student) [a-z]", words):
                 yield words
 
@@ -177,8 +179,12 @@ def _is_literal(value: object) -> bool:
 def test_command_lines_are_found_and_wrong_ones_are_noticed() -> None:
     page = "```\nfeatcache ls\n$ student runs \\\n  --json\n```\n\n"
     page += "    accelerate launch -m student train --resume\n"
+    page += "    torchrun --nnodes 2 -m student train --resume\n"
+    page += "    sbatch --array 0-3 pipelines/slurm/extract.sbatch --out CACHE\n"
     assert list(command_lines(page)) == [
-        "featcache ls", "student runs    --json", "student train --resume",
+        "featcache ls", "student runs    --json",
+        "student train --resume", "student train --resume",
+        "featcache extract --out CACHE",
     ]  # fmt: skip
     with pytest.raises(click.UsageError):
         parse_line("featcache ls --no-such-option")
