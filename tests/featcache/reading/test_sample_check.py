@@ -25,7 +25,7 @@ from tests import student_fixtures as fx
 
 def check_of(shards: list[int], rows: np.ndarray) -> PictureCheck:
     """A check of rows of a cache with so many rows in each shard, which is never read."""
-    cache: Any = SimpleNamespace(records=[{"rows": count} for count in shards])
+    cache: Any = SimpleNamespace(shard_starts=np.cumsum([0, *shards]))
     source: Any = None
     return PictureCheck(cache, source, np.arange(len(rows)), rows)
 
