@@ -41,9 +41,14 @@ def ray_module() -> Any:
         os.environ.setdefault(name, value)
     with _own_hooks():
         import ray
-    for name in ("ray", "ray.util.client", "ray.util.client_builder"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _silence_loggers()
     return ray
+
+
+def _silence_loggers() -> None:
+    """Let Ray log nothing here; Ray Client sets the level again as it connects."""
+    for name in ("ray", "ray.client_builder", "ray.util.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
@@ -187,11 +192,15 @@ def _connect(ray: Any, *, address: str, **options: Any) -> None:
     except SystemExit as error:  # Ray's own handler, set meanwhile, makes this of SIGTERM
         raise KeyboardInterrupt from error
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        reason = " ".join(str(error).split())[:300]
+        # Ray Client sends a traceback, whose last line says what it is
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        is_trace = any(line.startswith("Traceback") for line in lines)
+        reason = " ".join((lines[-1] if is_trace else str(error)).split())[:300]
         raise UserError(
             f"the Ray cluster at {address!r} cannot be used: {reason}; its nodes and this machine "
             "need the same versions of Ray and Python"
         ) from error
+    _silence_loggers()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,10 @@ needed here."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,11 @@ from typing import Any
 
 import pytest
 
+import featcache
 from featcache.api import planned_jobs
+from featcache.console import extract_parameters, keywords
+from featcache.console.engine_options import check_engine
+from featcache.console.extract_options import ExtractOptions
 from featcache.errors import UsageError, UserError
 from featcache.extraction import engine, ray_cluster, ray_engine, ray_worker
 from featcache.extraction.ray_plan import ActorSize, actor_size
@@ -224,6 +231,20 @@ def test_a_complete_cache_needs_no_cluster(
     other = featcache_command(*words, "--engine", "ray", "--out", tmp_path / "d", "--dry-run")
     assert "the pace of its actors is not known before they work" in other.out
     assert not (tmp_path / "d").exists()
+
+
+def test_the_guides_python_is_a_call() -> None:
+    """It is bound, and not run, which would start a cluster."""
+    page = Path(__file__).parents[3] / "docs/guides/ray.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+    (call,) = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    given = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    bound = inspect.signature(featcache.extract).bind(**given)
+    bound.apply_defaults()
+    del bound.arguments["progress"]
+    values = keywords.read(extract_parameters.parameters(), bound.arguments)
+    check_engine(ExtractOptions(**values, as_json=True))
+    assert (values["engine"], values["actors"]) == ("ray", "1:2")
 
 
 # ---------------------------------------------------------------- an actor, in this process
