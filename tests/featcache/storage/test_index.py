@@ -44,13 +44,28 @@ def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def cache(plain: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def indexed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with an index of each part."""
-    out = copy_tree(plain, tmp_path / "cache")
+    out = copy_tree(plain, tmp_path_factory.mktemp("indexed") / "cache")
     for part in (out, out / "parts" / "views-1"):
         index_build.write(part)
     return out
+
+
+@pytest.fixture
+def shared(indexed: Path) -> Iterator[Path]:
+    """It, for who changes the index of its own part alone."""
+    yield indexed
+    if (indexed / NAME).is_dir():
+        (indexed / NAME).rmdir()
+    index_build.write(indexed)
+
+
+@pytest.fixture
+def cache(indexed: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return copy_tree(indexed, tmp_path / "cache")
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +77,9 @@ def is_indexed(cache: featcache.Cache) -> bool:
     return all(part.index is not None for part in cache._parts)
 
 
-def test_the_file_is_a_safetensors_file(cache: Path) -> None:
+def test_the_file_is_a_safetensors_file(shared: Path) -> None:
     """Read by another library, and compared with what hashlib says of each key."""
-    with featcache.open(cache) as opened, safe_open(cache / NAME, "numpy") as content:
+    with featcache.open(shared) as opened, safe_open(shared / NAME, "numpy") as content:
         digests, rows = content.get_tensor("key_digest"), content.get_tensor("key_row")
         pairs = [tuple(map(int, pair)) for pair in digests]
         assert pairs == sorted(pairs)
@@ -72,25 +87,27 @@ def test_the_file_is_a_safetensors_file(cache: Path) -> None:
             tuple(map(int, d)): i for i, d in enumerate(featcache.rng.key_digests(opened.keys))
         }
         assert {pair: int(row) for pair, row in zip(pairs, rows, strict=True)} == wanted
-        records = [json_file.read_json(path) for path in sorted((cache / "shards").glob("0*.json"))]
+        records = [
+            json_file.read_json(path) for path in sorted((shared / "shards").glob("0*.json"))
+        ]
         assert content.get_tensor("shard_rows").tolist() == [r["rows"] for r in records]
         assert content.get_tensor("shard_quarantined").sum() == 2
         sizes = [sum(f["bytes"] for f in r["files"].values()) for r in records]
         assert content.get_tensor("shard_bytes").tolist() == sizes
-        assert content.metadata()["cache"] == manifest.read(cache)["id"]
+        assert content.metadata()["cache"] == manifest.read(shared)["id"]
 
 
-def test_the_same_cache_gives_the_same_bytes(cache: Path, plain: Path, tmp_path: Path) -> None:
+def test_the_same_cache_gives_the_same_bytes(shared: Path, plain: Path, tmp_path: Path) -> None:
     other = copy_tree(plain, tmp_path / "other")
     index_build.write(other)
-    assert (other / NAME).read_bytes() == (cache / NAME).read_bytes()
+    assert (other / NAME).read_bytes() == (shared / NAME).read_bytes()
 
 
 def test_all_that_is_read_is_the_same_with_an_index(
-    cache: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
+    shared: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("featcache.catalog.extract_command.for_cache", lambda *_: "")
-    with featcache.open(plain) as without, featcache.open(cache) as opened:
+    with featcache.open(plain) as without, featcache.open(shared) as opened:
         assert is_indexed(opened)
         assert not is_indexed(without)
         rows = np.arange(len(without))[::-1]
@@ -111,7 +128,7 @@ def test_all_that_is_read_is_the_same_with_an_index(
 
 
 def test_opening_and_what_is_asked_of_the_whole_open_no_record(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened_files: list[str] = []
     real = json_file.read_json_crc
@@ -124,7 +141,7 @@ def test_opening_and_what_is_asked_of_the_whole_open_no_record(
         return [name for name in opened_files if name[0] == "0"]
 
     monkeypatch.setattr(json_file, "read_json_crc", read)
-    with featcache.open(cache) as opened:
+    with featcache.open(shared) as opened:
         info.describe(opened)
         assert opened.keys.find(["no such key"]).tolist() == [-1]
         assert records() == []
@@ -360,13 +377,12 @@ def other(values: np.ndarray) -> np.ndarray:
     ],
 )
 def test_a_record_that_the_index_does_not_agree_with_is_one_line(
-    cache: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
+    shared: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
-    shutil.rmtree(cache / "parts")
-    forge(cache, **{name: change(true(cache, name))})
-    with featcache.open(cache) as opened:
+    forge(shared, **{name: change(true(shared, name))})
+    with featcache.open(shared) as opened:
         assert is_indexed(opened)
-        lies = rf"index {cache / NAME} does not agree.*run `featcache index {cache}`"
+        lies = rf"index {shared / NAME} does not agree.*run `featcache index {shared}`"
         for ask in (lambda: opened.read([0]), lambda: opened.keys[0], lambda: opened.records[1]):
             with pytest.raises(UserError, match=lies):
                 ask()
@@ -401,18 +417,18 @@ HUGE = np.full(7, 2**62)
         ({"statistics": []}, "statistics"),
     ],
 )
-def test_forged_numbers_are_not_used(cache: Path, changes: dict[str, Any], why: str) -> None:
-    forge(cache, **changes)
-    refused(cache, why)
+def test_forged_numbers_are_not_used(shared: Path, changes: dict[str, Any], why: str) -> None:
+    forge(shared, **changes)
+    refused(shared, why)
 
 
-def test_rows_that_are_not_those_of_the_digests_are_not_used(cache: Path) -> None:
-    built = index_build.build(cache)
+def test_rows_that_are_not_those_of_the_digests_are_not_used(shared: Path) -> None:
+    built = index_build.build(shared)
     rows = built.table.shard_rows.copy()
     rows[0], out = 0, built.table.shard_quarantined.copy()
     out[0] = 2  # as many as the manifest has
-    forge(cache, shard_rows=rows, shard_quarantined=out)
-    refused(cache, "its rows are not those of its shards")
+    forge(shared, shard_rows=rows, shard_quarantined=out)
+    refused(shared, "its rows are not those of its shards")
 
 
 def header_with(cache: Path, change: Callable[[bytes], bytes]) -> None:
@@ -438,16 +454,16 @@ def header_with(cache: Path, change: Callable[[bytes], bytes]) -> None:
         (b"}", b"} ", "header"),
     ],
 )
-def test_another_header_is_not_used(cache: Path, old: bytes, new: bytes, why: str) -> None:
-    header_with(cache, lambda header: header.replace(old, new, 1))
-    refused(cache, why)
+def test_another_header_is_not_used(shared: Path, old: bytes, new: bytes, why: str) -> None:
+    header_with(shared, lambda header: header.replace(old, new, 1))
+    refused(shared, why)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\xff" * 4096, b"\x02" + b"\0" * 7 + b"{}"])
-def test_other_files_are_not_used(cache: Path, data: bytes) -> None:
-    (cache / NAME).write_bytes(data)
-    os.utime(cache / NAME, ns=(0, (cache / "shards").stat().st_mtime_ns))
-    refused(cache, "")
+def test_other_files_are_not_used(shared: Path, data: bytes) -> None:
+    (shared / NAME).write_bytes(data)
+    os.utime(shared / NAME, ns=(0, (shared / "shards").stat().st_mtime_ns))
+    refused(shared, "")
 
 
 def flip_digest(cache: Path) -> None:
@@ -475,10 +491,10 @@ def too_large_rows(cache: Path) -> None:
 
 @pytest.mark.parametrize("change", [flip_digest, unsorted, too_large_rows])
 def test_keys_are_found_without_a_block_that_is_damaged(
-    cache: Path, change: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    shared: Path, change: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    change(cache)
-    with featcache.open(cache) as opened, caplog.at_level(logging.WARNING):
+    change(shared)
+    with featcache.open(shared) as opened, caplog.at_level(logging.WARNING):
         assert is_indexed(opened)
         keys = list(opened.keys)
         assert opened.keys.find([*keys[::-1], "x"]).tolist() == [*range(11)[::-1], -1]
@@ -487,11 +503,10 @@ def test_keys_are_found_without_a_block_that_is_damaged(
     assert "all keys are read" in note
 
 
-def test_rows_of_other_keys_are_refused(cache: Path) -> None:
-    forge(cache, digests=np.roll(index_build.build(cache).digests, 1, 0))
-    order = index_build.ascending_order(cache, np.roll(index_build.build(cache).digests, 1, 0))
-    forge(cache, digests=np.roll(index_build.build(cache).digests, 1, 0), order=order)
-    with featcache.open(cache) as opened:
+def test_rows_of_other_keys_are_refused(shared: Path) -> None:
+    digests = np.roll(index_build.build(shared).digests, 1, 0)
+    forge(shared, digests=digests, order=index_build.ascending_order(shared, digests))
+    with featcache.open(shared) as opened:
         keys = list(opened.keys)
         with pytest.raises(UserError, match=r"rows of other keys.*run `featcache index"):
             opened.keys.find(keys)
@@ -528,8 +543,8 @@ def read_all(cache: featcache.Cache) -> tuple[list[int], float]:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_in_other_processes(cache: Path, method: str) -> None:
-    with featcache.open(cache) as opened:
+def test_in_other_processes(shared: Path, method: str) -> None:
+    with featcache.open(shared) as opened:
         wanted = read_all(opened)
         with multiprocessing.get_context(method).Pool(1) as pool:
             assert pool.apply(read_all, (opened,)) == wanted
@@ -539,8 +554,8 @@ def test_in_other_processes(cache: Path, method: str) -> None:
         again.close()
 
 
-def test_in_several_threads(cache: Path) -> None:
-    with featcache.open(cache) as opened, featcache.open(cache) as other_cache:
+def test_in_several_threads(shared: Path) -> None:
+    with featcache.open(shared) as opened, featcache.open(shared) as other_cache:
         wanted, found = read_all(other_cache), []
         threads = [
             threading.Thread(target=lambda: found.append(read_all(opened))) for _ in range(6)
@@ -552,12 +567,12 @@ def test_in_several_threads(cache: Path) -> None:
         assert found == [wanted] * 6
 
 
-def test_an_index_that_is_made_anew_meanwhile_serves_on(cache: Path) -> None:
-    with featcache.open(cache) as opened:
+def test_an_index_that_is_made_anew_meanwhile_serves_on(shared: Path) -> None:
+    with featcache.open(shared) as opened:
         keys = list(opened.keys)
-        index_build.write(cache)
+        index_build.write(shared)
         assert opened.keys.find(keys).tolist() == list(range(11))
-        (cache / NAME).unlink()
+        (shared / NAME).unlink()
         assert opened.keys.find(keys).tolist() == list(range(11))
 
 
