@@ -13,6 +13,7 @@ import numpy as np
 from featcache import rng
 from featcache.errors import UserError, counted, short
 from featcache.reading.cache import Cache
+from featcache.storage.indexed_keys import IndexedKeys
 from featcache.storage.keys import Keys
 
 _CANDIDATES = 2000  # keys that are compared letter by letter; each takes some 20 us
@@ -88,7 +89,7 @@ def _unknown(cache: Cache, key: str) -> UserError:
     )
 
 
-def near_keys(keys: Keys, given: str) -> list[str]:
+def near_keys(keys: Keys | IndexedKeys, given: str) -> list[str]:
     """Return up to three keys that are most like the given one, a name with its suffix first."""
     plain = str(PurePosixPath(given).with_suffix("")) if PurePosixPath(given).name else given
     if plain != given and _is_text(plain) and keys.find([plain])[0] >= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def run(
     total = sum(len(manifest.read(part)["shards"]) for part in parts)
     done, found = 0, []
     for part in parts:
-        before = done
-        built = _write(part, lambda now, _, before=before: progress(before + now, total))
+        built = _write(part, partial(_tell, progress, done, total))
         done += built.facts.shards
         found.append(
             {
@@ -49,6 +49,10 @@ def run(
             }
         )
     return found, left
+
+
+def _tell(progress: Progress, before: int, total: int, done: int, of: int) -> None:
+    progress(before + done, total)
 
 
 def _parts(cache: Path) -> tuple[list[Path], list[str]]:

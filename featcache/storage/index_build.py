@@ -29,6 +29,7 @@ from featcache.storage.index_file import (
     BLOCK,
     I64,
     NAME,
+    U32,
     Facts,
     Table,
     pack_header,
@@ -135,9 +136,7 @@ class _Records:
         self._bytes, self._compressed = np.zeros(shards, np.int64), np.zeros(shards, np.int64)
         self._crcs = np.zeros(shards, np.uint32)
         self._keys_digests = np.zeros((shards, 16), np.uint8)
-        most = sum(shard["count"] for shard in about["shards"])
-        self._digests = np.empty((most, 2), np.uint64)  # memory is taken as rows come
-        self._end = 0
+        self._digests: list[rng.U64] = [np.zeros((0, 2), np.uint64)]
         self._quarantined: list[dict[str, str]] = []
         self._statistics: dict[str, dict[str, Any]] = {}
 
@@ -146,28 +145,23 @@ class _Records:
         self._bytes[shard], self._compressed[shard] = stored_bytes(record)
         self._crcs[shard] = crc
         self._keys_digests[shard] = np.frombuffer(bytes.fromhex(record["keys_digest"]), np.uint8)
-        self._digests[self._end : self._end + len(keys)] = rng.key_digests(keys)
-        self._end += len(keys)
+        self._digests.append(rng.key_digests(keys))
         self._quarantined += record["quarantined"]
         self._statistics = totals([record], self._statistics)
 
     def built(self, part: Path, before: int) -> BuiltIndex:
-        digests = self._digests[: self._end]
-        order = _ascending_order(part, digests)
-        blocks = list(_blocks(order))
-        dtype = row_dtype(len(digests))
-        crcs = [
-            crc32c(rows.astype(dtype).tobytes(), crc32c(digests[rows].astype("<u8").tobytes()))
-            for rows in blocks
-        ]
+        digests = np.concatenate(self._digests)
+        self._digests.clear()
+        order = ascending_order(part, digests)
+        first, crcs = block_facts(digests, order)
         table = Table(
             shard_rows=self._rows,
             shard_quarantined=self._out,
             shard_bytes=self._bytes,
             shard_compressed_bytes=self._compressed,
-            block_first=digests[order[::BLOCK]].astype("<u8").reshape(-1, 2),
+            block_first=first,
             shard_record_crc32c=self._crcs,
-            block_crc32c=np.array(crcs, np.uint32),
+            block_crc32c=crcs,
             shard_keys_digest=self._keys_digests,
         )
         facts = Facts(
@@ -181,7 +175,7 @@ class _Records:
         return BuiltIndex(facts, table, digests, order, before)
 
 
-def _ascending_order(part: Path, digests: rng.U64) -> I64:
+def ascending_order(part: Path, digests: rng.U64) -> I64:
     """Return the rows (n,) in the order of their digests. Raises UserError where two are the same:
     no row could then be found by its key."""
     order = np.argsort(digests[:, 0], kind="stable")
@@ -196,6 +190,16 @@ def _ascending_order(part: Path, digests: rng.U64) -> I64:
                 f"`{command_line('featcache', 'verify', part)}`"
             )
     return order
+
+
+def block_facts(digests: rng.U64, order: I64) -> tuple[rng.U64, U32]:
+    """Return the first digest (b, 2) and the checksum (b,) of each block."""
+    dtype = row_dtype(len(digests))
+    crcs = [
+        crc32c(rows.astype(dtype).tobytes(), crc32c(digests[rows].astype("<u8").tobytes()))
+        for rows in _blocks(order)
+    ]
+    return digests[order[::BLOCK]].reshape(-1, 2), np.array(crcs, np.uint32)
 
 
 def _blocks(order: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

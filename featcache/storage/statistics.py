@@ -154,9 +154,9 @@ def _add(out: dict[str, dict[str, Any]], name: str, facts: Mapping[str, Any], ro
     so_far["non_finite"] += facts["non_finite"]
     for word in ("norm", "entropy"):
         if word in facts:
-            if so_far["rows"]:
-                total = so_far.get(word, 0.0) * so_far["rows"] + facts[word] * rows
-                so_far[word] = total / (so_far["rows"] + rows)
-            else:  # as it is: a product that is divided again is rounded twice
+            if rows and not so_far["rows"]:  # as it is: a product that is divided is rounded twice
                 so_far[word] = facts[word]
+            else:
+                total = so_far.get(word, 0.0) * so_far["rows"] + facts[word] * rows
+                so_far[word] = total / max(so_far["rows"] + rows, 1)
     so_far["rows"] += rows
