@@ -1,11 +1,11 @@
-"""Measure caches of many rows with an index and without: opening, `info`, `ls`, finding keys, random
-batches, and how they grow with the rows.
+"""Measure caches of many rows with an index and without: opening, `info`, `ls`, finding keys,
+random batches, and how they grow with the rows.
 
     python -m benchmarks.bench_index --rows 100000,1000000,10000000 --work /data/index
     python -m benchmarks.bench_index --rows 10000 --work /tmp/index --json index.json
 
 Rows are really written, by the store's own writer, 1,024 a shard: 10^7 rows take some ten minutes
-and 5 GB on disk, once: what lies in --work is taken up, and is left there. Each thing is asked in a
+and 3 GB on disk, once: what lies in --work is taken up, and is left there. Each thing is asked in a
 new process, and every row that is read is compared. Without an index nothing is measured of caches
 of more than --plain-rows.
 """

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "ls": ("ls",),
     "gc": ("gc", "--yes"),
     "gc --unused": ("gc", "--unused", "0"),
+    "index": ("index", "CACHE"),
     "verify": ("verify", "CACHE"),
     "repair": ("repair", "CACHE", "--images", "PICTURES"),
     "copy": ("copy", "CACHE", "DEST"),
