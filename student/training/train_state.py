@@ -21,9 +21,8 @@ from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as spread
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from featcache.errors import UsageError
 from featcache.runtime import device as devices
 from student import checkpoint
 from student.models import drop_path
@@ -119,8 +118,17 @@ class TrainState:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": scaler,
             }
-        average = {} if self.average is None else {checkpoint.EMA: self.average.module.state_dict()}
-        return {**own, **average, "skipped": self.skipped}
+        return {**own, **self._averaged(), "skipped": self.skipped}
+
+    def _averaged(self) -> StateDict:
+        """Return the average's part of a checkpoint, of whole tensors. Called by all processes
+        together."""
+        if self.average is None:
+            return {}
+        values = self.average.module.state_dict()
+        if sharded(self.acc):  # one at a time, so that a GPU never holds all of it
+            values = {name: whole(value).cpu() for name, value in values.items()}
+        return {checkpoint.EMA: values}
 
 
 def sharded(acc: Accelerator) -> bool:
@@ -142,11 +150,6 @@ def build_train_state(
     saved: StateDict | None,
 ) -> TrainState:
     """Prepare model and optimizer for this process, as they start or as a checkpoint left them."""
-    if run_options.ema is not None and sharded(acc):
-        raise UsageError(
-            "--ema does not go with FSDP, which gives each process a part of the weights; leave "
-            "one out"
-        )
     if saved is not None:
         checkpoint.restore(run, saved, module, None if sharded(acc) else optimizer)
         saved = {**saved, "optimizer": checkpoint.optimizer_state(run, saved, optimizer)}
@@ -157,6 +160,8 @@ def build_train_state(
     if run_options.compiled:
         module.compile()
     model, optimizer = acc.prepare(module, optimizer)
+    if average is not None and sharded(acc):
+        _shard_average(average.module, module)
     if saved is not None:
         _restore_prepared(run, saved, acc, module, optimizer)
     model.train()
@@ -185,6 +190,17 @@ def _average(module: nn.Module, decay: float, run: Path, saved: StateDict | None
     if saved is not None:
         checkpoint.restore_ema(run, saved, average.module)
     return average
+
+
+def _shard_average(average: nn.Module, module: nn.Module) -> None:
+    """Keep of an average, which is whole in every process, the part of this process: that of the
+    weights, so that both are averaged where they lie."""
+    own = list(average.named_parameters())
+    for (name, value), weight in zip(own, module.parameters(), strict=True):
+        assert isinstance(weight, DTensor)  # FSDP leaves none whole
+        part = distribute_tensor(value.data, weight.device_mesh, weight.placements)
+        path, _, last = name.rpartition(".")
+        setattr(average.get_submodule(path), last, nn.Parameter(part, requires_grad=False))
 
 
 def _by_number(state: StateDict) -> StateDict:

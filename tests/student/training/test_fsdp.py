@@ -202,13 +202,36 @@ def test_a_run_may_go_on_with_fsdp_or_without(
     assert np.abs(one - two).max() <= 1e-4 * one.min()
 
 
-def test_what_does_not_go_with_it(tmp_path: Path) -> None:
-    ran = train(tmp_path / "run", "--ema", 0.9)
-    assert set(ran.status) == {2}
-    assert "--ema does not go with FSDP" in ran.said[0]
-    ran = train(
-        tmp_path / "run", before=SHARDED.format(variables=VARIABLES | {"FSDP_VERSION": "1"})
-    )
+def test_the_average_is_that_of_a_plain_run_and_resumes(tmp_path: Path) -> None:
+    """Whole tensors in the checkpoint; a sharded run goes on from its own and from a plain one's,
+    at step 8. Biases of keys aside, whose gradient is rounding alone."""
+    for name, before in (("plain", ""), ("sharded", TWO)):
+        processes.good(train(tmp_path / name, "--ema", 0.9, before=before))
+    averages = {}
+    for name in ("plain", "sharded"):
+        run = Path(shutil.copytree(tmp_path / name, tmp_path / f"{name} resumed"))
+        (run / "checkpoints/step-00000012.pt").unlink()
+        processes.good(train(run, "--ema", 0.9, "--resume"))
+        for each in (run, tmp_path / name):
+            averages[each.name] = checkpoint.load_latest(each)[checkpoint.EMA]
+    first = averages["plain"]
+    for name, average in averages.items():
+        assert average.keys() == first.keys()
+        for key, value in average.items():
+            assert type(value) is torch.Tensor
+            if not key.endswith("attn.qkv.bias"):
+                torch.testing.assert_close(
+                    value, first[key], rtol=0, atol=1e-4, msg=f"{name} {key}"
+                )
+    again = averages["sharded resumed"]
+    assert all(torch.equal(value, again[key]) for key, value in averages["sharded"].items())
+
+
+def test_version_1_is_refused(tmp_path: Path) -> None:
+    """Its own variables; to send the weights it looks for a GPU, which is none of the test's."""
+    own = {"RESHARD_AFTER_FORWARD": "FULL_SHARD", "SYNC_MODULE_STATES": "false", "VERSION": "1"}
+    first = VARIABLES | {f"FSDP_{name}": value for name, value in own.items()}
+    ran = train(tmp_path / "run", before=SHARDED.format(variables=first))
     assert set(ran.status) == {2}
     assert "fsdp_version: 2" in ran.said[0]
     assert not (tmp_path / "run").exists()
