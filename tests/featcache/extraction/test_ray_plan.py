@@ -20,7 +20,7 @@ from featcache.console import extract_parameters, keywords
 from featcache.console.engine_options import check_engine
 from featcache.console.extract_options import ExtractOptions
 from featcache.errors import UsageError, UserError
-from featcache.extraction import engine, ray_cluster, ray_worker
+from featcache.extraction import engine, ray_cluster, ray_probe, ray_worker
 from featcache.extraction.ray_plan import ActorSize, actor_size
 from featcache.extraction.shard_board import MOST_IN_A_ROW, ShardBoard
 from tests.conftest import SYNTHETIC, Ran, python
