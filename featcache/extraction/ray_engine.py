@@ -19,13 +19,12 @@ import torch
 from featcache.errors import IdentityError, UsageError, UserError, one_line
 from featcache.extraction import ray_cluster, ray_plan
 from featcache.extraction.engine import EngineOptions, EngineReport, EngineWork, look_again
+from featcache.extraction.ray_probe import check_same_versions, checked_size
 from featcache.extraction.ray_worker import (
     Setup,
     ShardActor,
     Told,
-    about,
     await_file,
-    versions,
 )
 from featcache.extraction.shard_board import ShardBoard
 from featcache.extraction.shard_queue import WAIT_S, lacks_record
@@ -37,7 +36,6 @@ from featcache.storage.store import record_path
 
 POLL_S = 1.0  # between looks at how far actors are
 NOTE_S = 15.0  # until it is said that actors are waited for
-PROBE_S = 120.0  # for all nodes to import what an actor needs
 STOP_S = 20.0  # for actors to leave the shard in hand: a batch, at most
 END_S = 10.0  # for actors to end
 
@@ -47,7 +45,7 @@ def run(work: EngineWork, options: EngineOptions, report: EngineReport) -> None:
     missing = missing_shards(work)
     if missing:
         with ray_cluster.connected(options.address, work.say) as ray:
-            size = _checked_size(ray, work, options)
+            size = checked_size(ray, work, options)
             board = ShardBoard(missing)
             _Driver(ray, work, size, board, options.actors, report).run()
     for job in work.jobs:
@@ -66,60 +64,6 @@ def missing_shards(work: EngineWork) -> dict[str, int]:
     work.progress.total = sum(missing.values())
     work.progress.there = sum(shard["count"] for shard in shards) - work.progress.total
     return missing
-
-
-# ------------------------------------------------------------ before any actor
-
-
-def _checked_size(ray: Any, work: EngineWork, options: EngineOptions) -> ray_plan.ActorSize:
-    """Return the size of actors, once every node that can hold one has told its versions."""
-    nodes = ray_cluster.alive_nodes(ray)
-    resources = [node.resources for node in nodes]
-    size = ray_plan.actor_size(resources, work.workers, options.gpus_per_actor, options.device)
-    fitting = [node for node in nodes if ray_plan.capacity(node.resources, size)]
-    _check_versions(ray, fitting)
-    return size
-
-
-def _check_versions(ray: Any, nodes: list[ray_cluster.Node]) -> None:
-    """Raise UserError for a node that lacks featcache, or whose versions differ from ours."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    probe = ray.remote(about)
-    asked = {
-        probe.options(
-            num_cpus=0,
-            max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-        ).remote(): node
-        for node in nodes
-    }
-    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_S)
-    for ref in ready:  # a node that is gone, or slow: its actors are asked again
-        try:
-            told = ray.get(ref)
-        except Exception as error:
-            if "import" not in str(error):
-                continue
-            raise _import_error(asked[ref].name, error) from error
-        check_same_versions(told)
-
-
-def check_same_versions(told: dict[str, Any]) -> None:
-    """Raise UserError for a process of other versions, of which other bytes may come."""
-    if differs := ray_plan.version_difference(versions(), told["versions"]):
-        raise UserError(
-            f"node {told['node']} has other versions than this machine, and other bytes may come "
-            f"of them: {differs}; install the same on every node, nothing was written"
-        )
-
-
-def _import_error(node: str, error: BaseException) -> UserError:
-    last = next(line for line in reversed(str(error).splitlines()) if "import" in line or line)
-    return UserError(
-        f"node {node} cannot import featcache as this machine does: {one_line(last)}; install the "
-        "same version there, and the package ray"
-    )
 
 
 # ------------------------------------------------------------ the work

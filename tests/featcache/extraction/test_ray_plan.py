@@ -20,7 +20,7 @@ from featcache.console import extract_parameters, keywords
 from featcache.console.engine_options import check_engine
 from featcache.console.extract_options import ExtractOptions
 from featcache.errors import UsageError, UserError
-from featcache.extraction import engine, ray_cluster, ray_engine, ray_worker
+from featcache.extraction import engine, ray_cluster, ray_probe, ray_worker
 from featcache.extraction.ray_plan import ActorSize, actor_size
 from featcache.extraction.shard_board import MOST_IN_A_ROW, ShardBoard
 from tests.conftest import SYNTHETIC, Ran, python
@@ -76,10 +76,10 @@ def test_a_cluster_without_what_is_asked_for(
 def test_versions_of_a_node_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     here = ray_worker.versions()
     assert {"featcache", "torch", "pillow", "python"} <= here.keys()
-    ray_engine.check_same_versions({"node": "n1 (10.0.0.1)", "versions": dict(here)})
+    ray_probe.check_same_versions({"node": "n1 (10.0.0.1)", "versions": dict(here)})
     there = {**here, "torch": "2.0.0\x1b[31m", "pillow": None}
     with pytest.raises(UserError) as caught:
-        ray_engine.check_same_versions({"node": "n1 (10.0.0.1)", "versions": there})
+        ray_probe.check_same_versions({"node": "n1 (10.0.0.1)", "versions": there})
     told = str(caught.value)
     assert "node n1 (10.0.0.1)" in told
     assert f"torch 2.0.0\\x1b[31m there and {here['torch']} here" in told
