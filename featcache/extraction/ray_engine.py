@@ -30,7 +30,7 @@ from featcache.extraction.shard_board import ShardBoard
 from featcache.extraction.shard_queue import WAIT_S, lacks_record
 from featcache.extraction.target_folder import report_quarantine
 from featcache.runtime.meter import from_plain, meter
-from featcache.storage import manifest
+from featcache.storage import index_build, manifest
 from featcache.storage.files import files_of
 from featcache.storage.store import record_path
 
@@ -51,6 +51,7 @@ def run(work: EngineWork, options: EngineOptions, report: EngineReport) -> None:
     for job in work.jobs:
         look_again(job.out)
         report_quarantine(job.out, manifest.read(job.out))
+        index_build.update(job.out)
 
 
 def missing_shards(work: EngineWork) -> dict[str, int]:

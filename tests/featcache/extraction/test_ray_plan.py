@@ -328,3 +328,32 @@ def test_a_folder_that_nodes_do_not_share_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was written by another node and is not seen here"):
         ray_worker.await_file(tmp_path, tmp_path / "manifest.json", timeout_s=0.0)
     assert "ray" not in vars(sys.modules["featcache.extraction.ray_worker"])
+
+
+def test_a_complete_cache_needs_no_cluster_and_its_index_is_renewed(
+    photos: Path, tmp_path: Path
+) -> None:
+    from featcache.extraction import extract, ray_engine
+    from featcache.extraction.plan import ExtractJob
+    from featcache.extraction.progress import ExtractProgress
+    from featcache.storage import index, index_build, manifest
+    from tests.conftest import make_plan
+
+    out = tmp_path / "cache"
+    job = ExtractJob(make_plan(photos), out)
+    extract.run(*job, batch_size=4)
+    index_build.write(out)
+    os.utime(out / "shards", ns=(1, 1))  # as if a shard had been replaced
+    assert isinstance(index.look(out, manifest.read(out)), index.Unused)
+    work = engine.EngineWork(
+        jobs=[job],
+        words=[],
+        plan_again=planned_jobs.plan_again,
+        batch_size=4,
+        workers=1,
+        strict=False,
+        progress=ExtractProgress(),
+        say=lambda text: None,
+    )
+    ray_engine.run(work, engine.EngineOptions(address="nowhere:1"), engine.EngineReport())
+    assert isinstance(index.look(out, manifest.read(out)), index.ShardIndex)
