@@ -69,6 +69,7 @@ def measure(work: Path, rows: int, reps: int, plain_rows: int) -> dict[str, Any]
     results["index_s"] = time.perf_counter() - start
     results["index_bytes"] = (cache / NAME).stat().st_size
     results["with"] = {what: probe(cache, what, reps) for what in ASKED}
+    assert results["with"]["open"]["indexed"], f"{cache}: its index was not used"
     results["order"] = probe(cache, "order", 1)
     return results
 

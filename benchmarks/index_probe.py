@@ -61,8 +61,8 @@ class Peak:
 
 def probe_open(path: Path) -> dict[str, Any]:
     with Peak() as peak:
-        featcache.open(path)
-    return peak.facts
+        cache = featcache.open(path)
+    return {**peak.facts, "indexed": cache._parts[0].index is not None}
 
 
 def _command(*words: str) -> dict[str, Any]:

@@ -334,3 +334,23 @@ def test_the_process_of_another_device_writes_to_the_store(
     assert objects(bucket, "devices") == files_below(tmp_path / "here")
     lines = (tmp_path / "home" / "runs.jsonl").read_text().splitlines()
     assert [json.loads(line)["counted"] for line in lines] == [2, 2]
+
+
+# ---------------------------------------------------------------- index
+
+
+def test_an_index_is_of_a_cache_on_disk(
+    here: Path, bucket: S3Store, featcache_command: Command
+) -> None:
+    """One that was uploaded is no stranger's, and is not looked at."""
+    good(featcache_command("index", here))
+    upload(bucket, here, "indexed")
+    ran = featcache_command("index", url_of("indexed"))
+    assert (ran.status, ran.err.count("\n")) == (2, 1)
+    assert f"{url_of('indexed')} is in an object store" in ran.err
+    with featcache.open(url_of("indexed")) as cache, featcache.open(here) as wanted:
+        assert cache._parts[0].index is None
+        assert wanted._parts[0].index is not None
+        assert list(cache.keys) == list(wanted.keys)
+    good(featcache_command("rm", url_of("indexed"), "--yes"))
+    assert names(bucket, "indexed") == set()

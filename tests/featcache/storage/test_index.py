@@ -191,7 +191,7 @@ def made(path: Path, digests: np.ndarray) -> index.ShardIndex:
 @given(
     pairs=st.lists(st.tuples(Word, Word), max_size=40, unique=True),
     others=st.lists(st.tuples(Word, Word), max_size=10),
-    block=st.sampled_from([1, 2, 3, 7, 4096]),
+    block=st.sampled_from([1, 2, 3, 7, 1024]),
 )
 def test_found_as_a_dictionary_finds(
     tmp_path_factory: pytest.TempPathFactory,
@@ -380,9 +380,13 @@ def test_a_record_that_the_index_does_not_agree_with_is_one_line(
     shared: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
     forge(shared, **{name: change(true(shared, name))})
+    lies = rf"index {shared / NAME} does not agree.*run `featcache index {shared}`"
+    if name == "shard_keys_digest":  # which those of the addition are compared with
+        with pytest.raises(UserError, match=lies):
+            featcache.open(shared)
+        return
     with featcache.open(shared) as opened:
         assert is_indexed(opened)
-        lies = rf"index {shared / NAME} does not agree.*run `featcache index {shared}`"
         for ask in (lambda: opened.read([0]), lambda: opened.keys[0], lambda: opened.records[1]):
             with pytest.raises(UserError, match=lies):
                 ask()
