@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -535,6 +535,21 @@ def test_partial_looks_at_every_shard(cache: Path) -> None:
     os.utime(cache / NAME, ns=(0, (cache / "shards").stat().st_mtime_ns))
     with featcache.Cache(cache, partial=True) as opened:
         assert list(opened.absent) == ["000002"]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_flipped_bit_gives_other_rows(shared: Path, plain: Path, data: st.DataObject) -> None:
+    index_build.write(shared)
+    size = (shared / NAME).stat().st_size
+    flip(shared / NAME, data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 7)))
+    os.utime(shared / NAME, ns=(0, (shared / "shards").stat().st_mtime_ns))
+    with featcache.open(shared) as opened, featcache.open(plain) as without:
+        keys = list(without.keys)
+        assert opened.keys.find(keys).tolist() == list(range(len(without)))
+        assert opened.keys.find(["x"]).tolist() == [-1]
+        assert list(opened.keys) == keys
+        assert opened.bytes == without.bytes
 
 
 # ------------------------------------------------------------ processes and threads
