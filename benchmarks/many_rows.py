@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import UserError
-from featcache.storage import checksums, commit, json_file, manifest
+from featcache.storage import checksums, commit, manifest
 from featcache.storage.statistics import FeatureStatistics, Statistics
 from featcache.storage.store import SHARDS, Array, get_store, record_path
 from featcache.views import pixel_path
@@ -88,7 +88,7 @@ def write_rows(path: Path, rows: int, log: Callable[[str], None]) -> None:
     fails meanwhile is not what is measured."""
     if not (path / manifest.NAME).is_file():
         (path / SHARDS).mkdir(parents=True, exist_ok=True)
-        json_file.write_json(path / manifest.NAME, _about(rows))
+        manifest.write(path / manifest.NAME, _about(rows))
     about = manifest.read(path)
     if about["identity"]["pictures"]["count"] != rows:
         raise UserError(f"{str(path)!r} holds another cache; give another --work")
