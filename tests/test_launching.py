@@ -87,6 +87,7 @@ def test_fsdp_without_gpus_is_refused_in_one_line() -> None:
         launch_variables.check_processes(VARIABLES, 2, sharded=False)
 
 
+@pytest.mark.slow
 def test_a_batch_that_six_processes_cannot_share(
     tmp_path: Path,
 ) -> None:

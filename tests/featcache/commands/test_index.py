@@ -154,6 +154,7 @@ def test_a_repair_of_a_shard_leaves_a_fresh_index(cache: Path, pictures: Path) -
     assert is_fresh(cache)
 
 
+@pytest.mark.slow
 def test_copies_of_many_shards_have_an_index(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

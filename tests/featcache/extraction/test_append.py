@@ -33,10 +33,11 @@ def save(folder: Path, names: str, phase: float) -> Path:
     return folder
 
 
-@pytest.fixture
-def lists(tmp_path: Path) -> tuple[Path, Path]:
-    """Ten pictures and six; one of each cannot be used."""
-    a, b = save(tmp_path / "a", "abcdefghij", 0.0), save(tmp_path / "b", "uvwxyz", 20.0)
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Ten pictures and six; one of each cannot be used. Do not write into them."""
+    root = tmp_path_factory.mktemp("lists")
+    a, b = save(root / "a", "abcdefghij", 0.0), save(root / "b", "uvwxyz", 20.0)
     (a / "d.png").write_text("no picture")
     (b / "y.png").write_text("none either")
     return a, b
@@ -47,10 +48,20 @@ def good(ran: Ran) -> Ran:
     return ran
 
 
+@pytest.fixture(scope="module")
+def base(lists: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base") / "c"
+    featcache.extract(
+        teacher=TEACHER, levels="2,3", views=2, size=28, rows_per_shard=4, flip=0.25, seed=5,
+        images=lists[0], out=out, workers=1,
+    )  # fmt: skip
+    return out
+
+
 @pytest.fixture
-def begun(lists: tuple[Path, Path], tmp_path: Path, featcache_command: Command) -> Path:
-    good(featcache_command(*FIRST, "--images", lists[0], "--out", tmp_path / "c"))
-    return tmp_path / "c"
+def begun(base: Path, tmp_path: Path) -> Path:
+    """The cache of the first list, to be appended to."""
+    return copy_tree(base, tmp_path / "c")
 
 
 def numbers(path: Path) -> dict[str, dict[str, bytes]]:

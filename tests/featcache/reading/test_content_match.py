@@ -117,6 +117,7 @@ def test_a_cache_without_digests_says_so(made: Path, tmp_path: Path, photos: Pat
             rename(cache, open_source(photos))
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_begun_without_digests_goes_on_without(
     tmp_path: Path, photos: Path
 ) -> None:

@@ -537,6 +537,7 @@ def test_partial_looks_at_every_shard(cache: Path) -> None:
         assert list(opened.absent) == ["000002"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_flipped_bit_gives_other_rows(shared: Path, plain: Path, data: st.DataObject) -> None:
@@ -561,6 +562,7 @@ def read_all(cache: featcache.Cache) -> tuple[list[int], float]:
     return cache.keys.find(keys).tolist(), float(total)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_in_other_processes(shared: Path, method: str) -> None:
     with featcache.open(shared) as opened:
@@ -605,6 +607,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_an_extraction_of_many_shards_ends_with_an_index(pictures: Path, tmp_path: Path) -> None:
     plan = make_plan(pictures, rows_per_shard=2)
