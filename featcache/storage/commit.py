@@ -8,6 +8,7 @@ next process.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def publish(folder: Path, cache: Path, shard: str, name: str, record: dict[str, 
     have been synced before."""
     # so that a shard of another cache is not taken for one of this
     if (cache / manifest.NAME).is_file():
-        record["content"] = manifest.content_digest(manifest.read(cache))
+        record["content"] = manifest.content_of(cache)
     refuse_other_views(cache, shard, record)
     json_file.write_json(folder / RECORD, record)
     for directory in sorted({path.parent for path in folder.rglob("*")}):
@@ -123,11 +124,12 @@ def recover(cache: Path, name: str, shards: Iterable[str]) -> None:
     record proves every byte, and removed otherwise; unfinished folders are removed."""
     wanted = set(shards)
     shards_folder = own_shards(cache)
-    for path in sorted(shards_folder.iterdir()) if shards_folder.is_dir() else []:
-        shard, _, rest = path.name.partition(".")
-        if shard not in wanted:
-            continue
-        of = split_temporary(path.name)
+    # names, not Paths: this is done for each shard, among all that there are
+    names = os.listdir(shards_folder) if shards_folder.is_dir() else []  # noqa: PTH208
+    for name_here in sorted(each for each in names if each.partition(".")[0] in wanted):
+        path = shards_folder / name_here
+        shard, _, rest = name_here.partition(".")
+        of = split_temporary(name_here)
         if of is not None and of[0] == f"{shard}.{name}" and is_abandoned(path):
             remove_path(path)
         elif rest == name and not record_path(cache, shard).is_file():
