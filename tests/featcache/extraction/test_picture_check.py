@@ -118,8 +118,8 @@ def test_one_other_picture_of_many_is_found_as_a_teacher_is_added(
     size: tuple[int, int],
 ) -> None:
     """Which the sample may miss; new views show it by its size alone."""
-    monkeypatch.setattr(picture_check, "check_same_pictures", lambda *args: None)
-    monkeypatch.setattr(extract, "check_same_pictures", lambda *args: None)
+    monkeypatch.setattr(picture_check, "check_same_pictures", lambda *args, **more: None)
+    monkeypatch.setattr(extract, "check_same_pictures", lambda *args, **more: None)
     these, others = both
     extract.run(make_plan(these, store=store, views=2), tmp_path / "c", batch_size=4)
     with Image.open(others / "p13.png") as picture:
