@@ -51,8 +51,9 @@ from featcache.storage.index_file import (
 from featcache.storage.store import SHARDS
 
 _LOG = logging.getLogger(__name__)
-# A part of fewer shards opens in less than a second without an index, at some 3 ms a shard: none is
-# written for it unless it is asked for, and nothing is said where it has none.
+# A part of fewer shards opens in a second or two without an index, at half a millisecond a shard in
+# memory and some milliseconds on a cold disk: none is written for it unless it is asked for, and
+# nothing is said where it has none.
 INDEXED_FROM = 256
 _MOST_BYTES = 2**53  # of the files of a shard: the sum of all is then right in Python's integers
 

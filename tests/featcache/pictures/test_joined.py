@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from featcache.errors import UsageError, UserError
+from featcache.pictures.joined import join
 from featcache.pictures.open_source import is_beton, open_source
 from featcache.pictures.patterns import absolute
 from featcache.pictures.spec import split_sources, with_parts
@@ -56,17 +58,30 @@ def test_without_labels_in_one_there_are_none(tmp_path: Path, pair: tuple[Path, 
     assert joined.classes is None
 
 
-def test_names_and_bare_numbers_do_not_mix(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    flat = folder(tmp_path / "flat", ["x.png"])
-    table = tmp_path / "labels.csv"
-    table.write_text("x,4\n")
-    joined = open_source(f"{pair[0]}::{flat}#labels={table}")
-    if joined.members[1].classes is None:  # type: ignore[attr-defined]
-        with pytest.raises(UserError, match="numbers alone"):
-            _ = joined.labels
-    else:
-        assert joined.labels is not None
-        assert "4" in (joined.classes or [])
+@dataclass(frozen=True)
+class Labelled:
+    spec: str
+    keys: list[str]
+    labels: np.ndarray
+    classes: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, index: int) -> bytes:
+        return b""
+
+
+def test_bare_numbers_stay_and_do_not_mix_with_names() -> None:
+    numbers = Labelled("n", ["a", "b"], np.array([3, 0]), None)
+    others = Labelled("o", ["c"], np.array([7]), None)
+    named = Labelled("m", ["d"], np.array([0]), ["cat"])
+    both = join("n::o", [numbers, others])
+    assert both.classes is None
+    assert both.labels is not None
+    assert both.labels.tolist() == [3, 0, 7]
+    with pytest.raises(UserError, match="'m' has names of classes, 'n' numbers alone"):
+        _ = join("n::m", [numbers, named]).labels
 
 
 def test_a_key_in_both_names_both(tmp_path: Path, pair: tuple[Path, Path]) -> None:
