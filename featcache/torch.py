@@ -106,11 +106,14 @@ class Dataset(torch.utils.data.Dataset[Sample]):
                 f"{extract_command.for_cache(self.cache.manifest, self.cache.path)}"
             )
         self.source = _open(pictures, self.cache)
+        left_out = 0  # that cannot be decoded, and are found by no content
         if match not in ("key", "content"):
             raise UsageError(f"match {match!r}: 'key' or 'content' is allowed")
         if match == "content" and not isinstance(self.source, join.StoredPixels):
             self.source = content_match.rename(self.cache, self.source, workers)
+            left_out = len(self.source.left_out)
         self.pictures, self.rows, self.skipped = join.join_by_key(self.cache, self.source)
+        self.skipped += left_out
         self.left_out, _ = join.left_out(self.cache, self.rows)
         self.policy = policy_from_dict(self.cache.identity["policy"])
         self.fields, self.levels, self.tokens = tuple(fields), levels, tokens

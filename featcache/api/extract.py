@@ -260,18 +260,18 @@ class _Work:
 
     def _run(self, share: tuple[int, int], summary: dict[str, Any]) -> dict[str, Any]:
         """Extract on every device, and note it in the ledger; returns what is known afterwards."""
-        from featcache.extraction import append, launcher
+        from featcache.extraction import launcher
 
         facts = {**summary, "device": self.devices[0], "processes": len(self.devices)}
         facts |= {"batch_size": self._batch_size(), "workers": self.options.workers}
         facts["variables"] = variables.recorded()
         facts["options"] = config_file.given_options()
         if self.options.append:
-            append.begin(self.jobs[0])
             _, *before = picture_lists.ids(self.jobs[0].plan.manifest()["identity"])
             facts |= {"from_id": before[0]} if before else {}
         if self.options.engine != LOCAL:
             return self._run_engine(facts)
+        self._begin()
         others: list[Counts] = []
         with account("extract", **facts) as line:
             try:
@@ -281,6 +281,18 @@ class _Work:
             finally:
                 line["counted"] = 1 + len(others)
         return found
+
+    def _begin(self) -> None:
+        """Write the list of appended pictures into the manifest: nothing else is left to fail."""
+        from featcache.extraction import append
+
+        if self.options.append:
+            append.begin(
+                self.jobs[0],
+                lambda: self.say(
+                    f"note: waiting for another process that changes {self.jobs[0].out}"
+                ),
+            )
 
     def _run_engine(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Extract by the processes of an engine, and note it in the ledger."""
@@ -293,6 +305,7 @@ class _Work:
                 jobs=self.jobs,
                 words=self._engine_words(),
                 plan_again=plan_again,
+                begin=self._begin,
                 batch_size=facts["batch_size"],
                 workers=options.workers,
                 strict=options.strict,

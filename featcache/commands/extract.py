@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     "  featcache extract --for maskalign,mrmae --images train/ --views 4\n"
     "  featcache extract --teacher synthetic:levels=5,tokens=196,width=768 --images photos/ "
     "--out trial\n"
+    "  featcache extract --append --images photos-2026/ --out trial\n"
     "  featcache extract --teacher clip-b16 --images /data/train --out /data/clip --engine ray "
     "--address auto\n"
     "  featcache extract --config cache.yaml --dry-run",

@@ -15,7 +15,7 @@ from typing import Any
 
 from featcache.errors import IdentityError, UserError, counted
 from featcache.extraction.plan import ExtractJob, Plan
-from featcache.extraction.target_folder import in_form
+from featcache.extraction.target_folder import check_disk_space, in_form
 from featcache.pictures.patterns import absolute
 from featcache.reading.cache import Cache
 from featcache.storage import identity, manifest, picture_lists
@@ -70,8 +70,8 @@ def _check_kind(out: Path, there: dict[str, Any]) -> None:
     if found := added_parts(out):
         raise UserError(
             f"--append: cache {str(out)!r} has {counted(len(found), 'addition')} (--add), which "
-            "would lack the new pictures; append before adding: extract both lists into a new "
-            "cache, or copy the cache's own part with `featcache copy --levels` first"
+            "would lack the new pictures; append before adding: extract all pictures into a new "
+            "cache, --images A::B"
         )
 
 
@@ -113,13 +113,17 @@ def _check_same(plan: Plan, there: dict[str, Any], out: Path) -> None:
 # ------------------------------------------------------------ the manifest
 
 
-def begin(job: ExtractJob, waiting: Callable[[], None] = lambda: None) -> None:
+def begin(job: ExtractJob, waiting: Callable[[], None]) -> None:
     """Write the list of a job's pictures into the manifest of its cache, where it is not there yet.
-    One process does so at a time; `waiting` is called while another does."""
-    about = manifest.read(job.out)
-    first = about["shards"][0]["name"]
+    One process does so at a time; `waiting` is called once where another has the cache in hand.
+    Raises UserError, and writes nothing, where the disk has no room for the new shards."""
+    check_disk_space([job])
+    first = manifest.read(job.out)["shards"][0]["name"]
+    waits = False
     while (lease := leases.acquire(job.out, first)) is None:
-        waiting()
+        if not waits:
+            waiting()
+        waits = True
         time.sleep(WAIT_S)
     try:
         files_of(job.out).look(job.out / manifest.NAME)

@@ -46,6 +46,7 @@ class EngineWork:
     jobs: Sequence[ExtractJob]
     words: Sequence[str]  # of a command line, without the device
     plan_again: PlanAgain
+    begin: Callable[[], None]  # called once the processes can be had, before anything is written
     batch_size: int
     workers: int  # decoding threads of each process
     strict: bool

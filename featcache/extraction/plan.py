@@ -115,14 +115,14 @@ class Plan:
     def view_numbers(self) -> range:
         return range(self.first_view, self.first_view + self.views)
 
-    @property
+    @cached_property
     def shards(self) -> list[dict[str, Any]]:
         """Return the shards of the source, fixed before anything is read: `first` picture, counted
         through all lists of the cache, and `count`."""
         end = self.first_picture + len(self.source)
         return [each for each in self._all_shards if self.first_picture <= each["first"] < end]
 
-    @property
+    @cached_property
     def _all_shards(self) -> list[dict[str, Any]]:
         return picture_lists.shards(self.lists, self.rows_per_shard)
 

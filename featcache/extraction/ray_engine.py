@@ -46,6 +46,7 @@ def run(work: EngineWork, options: EngineOptions, report: EngineReport) -> None:
     if missing:
         with ray_cluster.connected(options.address, work.say) as ray:
             size = checked_size(ray, work, options)
+            work.begin()
             board = ShardBoard(missing)
             _Driver(ray, work, size, board, options.actors, report).run()
     for job in work.jobs:

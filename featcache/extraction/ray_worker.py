@@ -46,9 +46,7 @@ class Told:
 
     outcome: str
     line: str = ""  # of what failed
-    pictures: int = 0
     exif_ignored: int = 0
-    seconds: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)  # seconds of each stage
     counts: dict[str, Any] = field(default_factory=dict)  # of runtime.meter
 
@@ -149,12 +147,11 @@ class ShardActor:
         from featcache.extraction.progress import ExtractProgress
         from featcache.runtime.meter import meter
 
-        began, before = time.perf_counter(), meter.read()
+        before = meter.read()
         progress = self._progress = ExtractProgress(report=self._report)
         with _telling() as told:
             told.outcome = self._session.extract(shard, progress)
-        told.pictures, told.exif_ignored = progress.pictures, progress.exif_ignored
-        told.busy, told.seconds = dict(progress.busy), time.perf_counter() - began
+        told.exif_ignored, told.busy = progress.exif_ignored, dict(progress.busy)
         told.counts = asdict(meter.read() - before)
         return told
 

@@ -168,27 +168,37 @@ def _home_variable() -> Finding:
 
 
 def _images_variable() -> Finding:
-    from featcache.objects.url import is_object_url
-    from featcache.pictures.open_source import is_beton
-    from featcache.pictures.patterns import expand_patterns, file_mode, literal_path
-    from featcache.pictures.spec import parse_spec
+    from featcache.pictures.spec import split_sources
 
     name, value = "FEATCACHE_IMAGES", os.environ.get("FEATCACHE_IMAGES")
     if not value:
         return Finding(name, "not set: --images names the pictures")
     try:
-        path = literal_path(parse_spec(value).path)
-        if is_object_url(path):
-            return Finding(name, f"{value!r} (an object store is not asked here)")
-        mode = file_mode(path)
-        if is_beton(path) and not stat.S_ISREG(mode):
-            return Finding(name, f"{value!r}: no such file", BROKEN, "name pictures, or unset it")
-        if not stat.S_ISDIR(mode):
-            expand_patterns(path)
-        elif not os.access(Path(path), os.R_OK | os.X_OK):
-            return Finding(name, f"{value!r} cannot be listed", BROKEN, "allow it, or unset it")
+        found = [_pictures(name, each) for each in split_sources(value)]
     except UserError as error:
         return Finding(name, str(error), BROKEN, "name pictures that exist, or unset it")
     except OSError as error:
         return Finding(name, error_text(error), BROKEN, "fix this, or unset it")
-    return Finding(name, repr(value))
+    if len(found) == 1:
+        return found[0]
+    return next((each for each in found if each.state == BROKEN), Finding(name, repr(value)))
+
+
+def _pictures(name: str, text: str) -> Finding:
+    """Look at one of the sources that a variable names."""
+    from featcache.objects.url import is_object_url
+    from featcache.pictures.open_source import is_beton
+    from featcache.pictures.patterns import expand_patterns, file_mode, literal_path
+    from featcache.pictures.spec import parse_spec
+
+    path = literal_path(parse_spec(text).path)
+    if is_object_url(path):
+        return Finding(name, f"{text!r} (an object store is not asked here)")
+    mode = file_mode(path)
+    if is_beton(path) and not stat.S_ISREG(mode):
+        return Finding(name, f"{text!r}: no such file", BROKEN, "name pictures, or unset it")
+    if not stat.S_ISDIR(mode):
+        expand_patterns(path)
+    elif not os.access(Path(path), os.R_OK | os.X_OK):
+        return Finding(name, f"{text!r} cannot be listed", BROKEN, "allow it, or unset it")
+    return Finding(name, repr(text))

@@ -98,12 +98,6 @@ class ShardIndex:
                     rows[order[low:high]] = _rows_of(digests, numbers, sought[low:high])
         return rows
 
-    def blocks(self) -> Iterator[tuple[U64, I64]]:
-        """Yield digests and rows of each block, ascending."""
-        with _opened(self.path) as fd:
-            for block in range(len(self.table.block_first)):
-                yield self._block(fd, block)
-
     def _block(self, fd: int, block: int) -> tuple[U64, I64]:
         first = block * BLOCK
         count = min(BLOCK, self.facts.rows - first)

@@ -116,11 +116,6 @@ def entropy(attention: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return -(p * np.log(np.maximum(p, 1e-30))).sum(1)
 
 
-def merge(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Merge the statistics of several shards into one; means are weighted by rows."""
-    return merge_totals([totals(records)])
-
-
 def totals(
     records: Iterable[Mapping[str, Any]], before: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, dict[str, Any]]:

@@ -389,7 +389,10 @@ def test_variables_that_make_no_sense(
 
 
 @pytest.mark.slow_after(1)
-@pytest.mark.parametrize("images", ["DIR/none", "DIR/none.beton", "DIR/{0..3}.tar", "hdfs://a/b"])
+@pytest.mark.parametrize(
+    "images",
+    ["DIR::DIR/none", "DIR/none", "DIR/none.beton", "DIR/{0..3}.tar", "hdfs://a/b", "DIR::"],
+)
 def test_pictures_that_are_not_there(
     doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: str
 ) -> None:
@@ -403,7 +406,8 @@ def test_pictures_that_are_there(
 ) -> None:
     (tmp_path / "0.tar").touch()
     (tmp_path / "a.beton").touch()
-    for images in (tmp_path, tmp_path / "?.tar", tmp_path / "a.beton"):
+    both = f"{tmp_path}::{tmp_path / 'a.beton'}"
+    for images in (tmp_path, tmp_path / "?.tar", tmp_path / "a.beton", both):
         monkeypatch.setenv("FEATCACHE_IMAGES", str(images))
         assert doctor()["FEATCACHE_IMAGES"]["value"] == repr(str(images))
     monkeypatch.setenv("FEATCACHE_IMAGES", "gs://a/b.tar")  # would cost requests, perhaps money

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -236,6 +237,34 @@ def test_a_cache_with_additions_is_refused(
     good(featcache_command(*words))
     ran = featcache_command("extract", "--append", "--images", lists[1], "--out", begun)
     assert "has 1 addition (--add)" in ran.error
+    assert "append before adding" in ran.error
+
+
+def test_a_disk_without_room_leaves_the_cache_as_it_was(
+    begun: Path, lists: tuple[Path, Path], featcache_command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    there, usage = files_below(begun), shutil.disk_usage(begun)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    ran = featcache_command("extract", "--append", "--images", lists[1], "--out", begun)
+    assert (ran.status, "GB are free" in ran.error) == (1, True)
+    assert files_below(begun) == there
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_answer_leaves_the_cache_as_it_was(
+    begun: Path, lists: tuple[Path, Path], featcache_command: Command
+) -> None:
+    there = files_below(begun)
+    with socket.socket() as taken:  # a port that nobody listens at
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ran = featcache_command(
+            "extract", "--append", "--images", lists[1], "--out", begun,
+            "--engine", "ray", "--address", address,
+        )  # fmt: skip
+    assert (ran.status, "no Ray cluster answers there" in ran.error) == (1, True)
+    assert files_below(begun) == there
 
 
 def test_a_teacher_of_code_that_a_cache_names_is_not_run(
@@ -295,7 +324,7 @@ def test_another_process_that_appended_first_is_told(
     other = save(tmp_path / "other", "klm", 40.0)
     good(featcache_command("extract", "--append", "--images", other, "--out", begun))
     with pytest.raises(featcache.errors.UserError, match="another process appended"):
-        append.begin(job)
+        append.begin(job, lambda: None)
     again = append.plan_append(plan, begun)
     held = lease.acquire(begun, "000000")
     assert held is not None

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import featcache
-from featcache.errors import IdentityError, UserError
+from featcache.errors import IdentityError, UsageError, UserError
 from featcache.extraction import extract
 from featcache.pictures.open_source import open_source
 from featcache.reading.content_match import rename
@@ -131,3 +131,16 @@ def test_a_cache_that_was_begun_without_digests_goes_on_without(
     shutil.rmtree(record.with_suffix(".zarr"))
     extract.run(make_plan(photos), out, batch_size=4)
     assert record.read_bytes() == (whole / "shards" / record.name).read_bytes()
+
+
+def test_the_dataset_counts_what_no_content_finds(
+    made: Path, moved: dict[str, Path], tmp_path: Path
+) -> None:
+    from featcache.torch import Dataset
+
+    data = Dataset(tmp_path / "moved", made, match="content", check_pixels=0)
+    with featcache.open(made) as cache:
+        assert [data[i]["key"] for i in range(len(data))] == list(cache.keys)
+    assert data.skipped == 2  # the broken picture and the text
+    with pytest.raises(UsageError, match="'key' or 'content' is allowed"):
+        Dataset(tmp_path / "moved", made, match="name")  # type: ignore[arg-type]

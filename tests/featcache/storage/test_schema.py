@@ -171,7 +171,7 @@ def test_a_record_with_another_field(field: str, value: Any) -> None:
 
 def test_a_shard_without_rows_has_no_mean() -> None:
     record = {**RECORD, "rows": 0}
-    assert statistics.merge([record, record])["features"]["norm"] == 0
+    assert statistics.merge_totals([statistics.totals([record, record])])["features"]["norm"] == 0
 
 
 def test_the_line_names_file_field_and_value(about: dict[str, Any], tmp_path: Path) -> None:

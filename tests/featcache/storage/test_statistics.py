@@ -16,7 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featcache.storage.statistics import FeatureStatistics, Statistics, entropy, merge
+from featcache.storage.statistics import (
+    FeatureStatistics,
+    Statistics,
+    entropy,
+    merge_totals,
+    totals,
+)
 
 L, T, D, P = 2, 3, 4, 5
 CUTS = st.lists(st.integers(0, 12), max_size=5)
@@ -110,7 +116,7 @@ def test_merged_shards_are_as_one(sizes: list[int], seed: int) -> None:
         }
         for low, high in pairwise(edges)
     ]
-    got = merge(records)
+    got = merge_totals([totals(records)])
     whole = gathered(items) if sum(sizes) else {}
     assert got.keys() == whole.keys()
     for name, facts in whole.items():
@@ -132,9 +138,9 @@ def test_merged_by_hand() -> None:
             },
         },
     ]
-    assert merge(records) == {
+    assert merge_totals([totals(records)]) == {
         "features": {"min": -1.0, "max": 5.0, "non_finite": 2, "norm": 7.0},
         "attention": {"min": 0.0, "max": 1.0, "non_finite": 1, "entropy": 0.5},
     }
     assert records[0]["statistics"]["features"]["norm"] == 4.0  # type: ignore[index]
-    assert merge([]) == {}
+    assert merge_totals([totals([])]) == {}
